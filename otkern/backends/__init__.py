@@ -1,0 +1,76 @@
+"""The implementations behind the op, one module each with the same functions: can_run, forward, backward, apply.
+
+``choose`` picks one before the op is called, from nothing but names, so that traced code never looks at the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+# With the package and not with the first call: the module must notice a fork that comes before that.
+with contextlib.suppress(ImportError):
+    import otkern._native  # noqa: F401
+
+# In order of preference where none is asked for.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module; Triton is imported here and not before."""
+    return importlib.import_module(f"otkern.backends.{name}")
+
+
+@functools.cache
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot serve tensors on ``device_type`` here, in one sentence; None if it can."""
+    if name == "reference":
+        return None
+    if name == "cuda":
+        return "the CUDA backend is not part of this release; CUDA tensors run on the Triton backend"
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"the cpu backend takes CPU tensors, not {device_type} tensors"
+        return load("cpu").missing()
+    if name == "triton":
+        return _triton_unavailable(device_type)
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but was {name!r}")
+
+
+def choose(name: str | None, device_type: str) -> str:
+    """The backend for a call: the named one, or the fastest that can run on this device.
+
+    Raises:
+        ValueError: the named backend cannot run here; it never falls back to another one.
+    """
+    if name is not None:
+        if not isinstance(name, str):
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but was {name!r}")
+        if (reason := unavailable(name, device_type)) is not None:
+            raise ValueError(f"backend must be one that can run here, but {name!r} cannot: {reason}")
+        return name
+    if device_type == "cpu":
+        # The interpreter makes Triton possible on CPU tensors, never fast.
+        return "reference" if unavailable("cpu", "cpu") else "cpu"
+    return next(name for name in BACKENDS if unavailable(name, device_type) is None)
+
+
+# A compiled graph takes the answer as a constant. This is the mark that torch.compiler.assume_constant_result sets;
+# the decorator itself would import the compiler, which costs more than all of this package.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the first import"
+    return f"the triton backend takes CUDA tensors, not {device_type} tensors"

@@ -1,0 +1,264 @@
+"""What a solve returns: values and diagnostics at once; plans, marginals and maps when asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otkern import alignment, ops
+from otkern.backends import reference
+from otkern.problem import Inputs, item_sums, masses, row_mask
+
+# Without a tolerance of the user's, a problem counts as converged below this marginal error per unit of mass.
+DEFAULT_TOLERANCE = 1e-3
+
+
+class OTResult:
+    """The solution of one entropic OT problem or a batch of them.
+
+    Shapes are those of a batch; an unbatched call gives them without their first axis. For a packed batch, what has
+    one entry a point is packed as well, and what is a matrix is padded to (B, max_seqlen_a, max_seqlen_b).
+
+    Attributes:
+        value: (B,), the optimal objective (the dual objective when iterations were cut short); differentiable by the
+            envelope theorem. ``+inf`` for a problem without a feasible plan.
+        n_iters: (B,) int32, full iterations done.
+    """
+
+    def __init__(
+        self,
+        *,
+        inputs: Inputs,
+        value: Tensor,
+        f: Tensor,
+        g: Tensor,
+        marginal_error: Tensor,
+        n_iters: Tensor,
+        tol: float | None,
+        batched: bool,
+        backend: str,
+    ):
+        self._inputs = inputs.detach()
+        self._value, self._f, self._g = value, f, g
+        self._marginal_error, self._n_iters = marginal_error, n_iters
+        self._tol, self._batched, self._backend = tol, batched, backend
+        self._plan: Tensor | None = None
+        self._warned = tol is None or torch.compiler.is_compiling()
+        if f.device.type == "cpu":
+            self._warn_where_not_converged()
+
+    def __repr__(self) -> str:
+        shape = f"batch={self._inputs.batch}, " if self._batched else ""
+        return f"OTResult({shape}max_a={self._inputs.max_a}, max_b={self._inputs.max_b}, backend={self._backend!r})"
+
+    @property
+    def value(self) -> Tensor:
+        return self._squeeze(self._value)
+
+    @property
+    def n_iters(self) -> Tensor:
+        return self._squeeze(self._n_iters)
+
+    @property
+    def marginal_error(self) -> Tensor:
+        """(B,), L1 gap between the plan's marginals and (a, b) at the returned potentials; no gradient."""
+        self._warn_where_not_converged()
+        return self._squeeze(self._marginal_error)
+
+    @property
+    def converged(self) -> Tensor:
+        """(B,) bool: a feasible problem whose marginal error is at most ``tol`` (without one: 1e-3 of its mass)."""
+        self._warn_where_not_converged()
+        return self._squeeze(self._converged())
+
+    @property
+    def potential_a(self) -> Tensor:
+        """(B, N), f in cost units, with P = a b exp((f + g - C) / reg) and <a, f> = <b, g>; 0 in the padding."""
+        return self._squeeze(self._guard(self._f, "potentials"))
+
+    @property
+    def potential_b(self) -> Tensor:
+        """(B, M), g in cost units."""
+        return self._squeeze(self._guard(self._g, "potentials"))
+
+    @property
+    def potentials(self) -> tuple[Tensor, Tensor]:
+        """(f, g); what ``potentials_init`` takes."""
+        return self.potential_a, self.potential_b
+
+    @property
+    def plan(self) -> Tensor:
+        """(B, N, M), built on demand, 0 in the padding. Not differentiable in this release: backward raises."""
+        return self._squeeze(self._guard(self._dense_plan, "plan"))
+
+    @property
+    def plan_operator(self) -> PlanOperator:
+        """The plan as a linear operator that is never built: ``plan_operator @ v``, ``plan_operator.T @ u``."""
+        return PlanOperator(self)
+
+    @property
+    def marginal_a(self) -> Tensor:
+        """(B, N), P 1; not differentiable in this release."""
+        return self._squeeze(self._guard(self._apply(self._ones(False), False).squeeze(-1), "marginal_a"))
+
+    @property
+    def marginal_b(self) -> Tensor:
+        """(B, M), P^T 1; not differentiable in this release."""
+        return self._squeeze(self._guard(self._apply(self._ones(True), True).squeeze(-1), "marginal_b"))
+
+    @property
+    def value_linear(self) -> Tensor:
+        """(B,), the transport cost <P, C>, ``+inf`` without a feasible plan; not differentiable in this release."""
+        rows = self._apply(self._ones(False), False, times_cost=True).squeeze(-1)
+        sums = item_sums(self._inputs, True, rows)
+        infeasible = self._value.detach().isposinf()
+        return self._squeeze(self._guard(torch.where(infeasible, self._value.detach(), sums), "value_linear"))
+
+    def barycentric_map(self, target: Tensor | None = None) -> Tensor:
+        """Where each point of side a is sent: the mean of the targets under its row of the plan.
+
+        Args:
+            target: values at the points of side b, (B, M, K) or packed (sum of lengths, K); default the points X_b
+                themselves. Differentiable with respect to a ``target`` that is passed.
+
+        Returns:
+            (B, N, K) in the compute dtype; 0 for a point without mass and in the padding.
+
+        Raises:
+            ValueError: no ``target`` for a problem given by costs.
+        """
+        if target is None:
+            if self._inputs.x_b is None:
+                raise ValueError("target must be given for a problem of costs, but was None")
+            target = self._squeeze(self._inputs.x_b)
+        marginal = self._apply(self._ones(False), False)
+        image = self._unsqueeze(self.plan_operator @ target)
+        return self._squeeze(torch.where(marginal > 0, image / torch.where(marginal > 0, marginal, 1), 0))
+
+    def match(self, method: str = "mutual", **options: Any) -> Tensor:
+        """Hard alignments of the plan, (B, N, M) bool; methods and options of `otkern.alignment.match`."""
+        return self._squeeze(alignment.match(self._dense_plan, method, **options))
+
+    @property
+    def _dense_plan(self) -> Tensor:
+        # Not functools.cached_property: its lock cannot be traced by torch.compile before Python 3.12.
+        if self._plan is None:
+            self._plan = reference.plan(self._inputs, self._f, self._g)
+        return self._plan
+
+    def _apply(self, v: Tensor, transpose: bool, times_cost: bool = False) -> Tensor:
+        return ops.apply_plan(self._inputs, self._f, self._g, v, transpose, times_cost, self._backend)
+
+    def _ones(self, side_a: bool) -> Tensor:
+        potential = self._f if side_a else self._g
+        return torch.ones((*potential.shape, 1), dtype=potential.dtype, device=potential.device)
+
+    def _squeeze(self, tensor: Tensor) -> Tensor:
+        return tensor if self._batched else tensor.squeeze(0)
+
+    def _unsqueeze(self, tensor: Tensor) -> Tensor:
+        return tensor if self._batched else tensor.unsqueeze(0)
+
+    def _guard(self, tensor: Tensor, name: str) -> Tensor:
+        """``tensor``, but with a backward that raises where the problem's inputs ask for a gradient."""
+        if not self._value.requires_grad:
+            return tensor
+        return _NotDifferentiable.apply(tensor, self._value, name)
+
+    def _converged(self) -> Tensor:
+        tolerance = DEFAULT_TOLERANCE * masses(self._inputs, True) if self._tol is None else self._tol
+        return (self._marginal_error <= tolerance) & self._value.detach().isfinite()
+
+    def _warn_where_not_converged(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        converged = self._converged()
+        if bool(converged.all()):
+            return
+        error = torch.where(converged, -1, self._marginal_error)
+        worst = int(error.argmax())
+        item = f"{int((~converged).sum())} of {len(converged)} problems, item {worst} worst" if self._batched else "it"
+        _warn_once_per_call_site(
+            f"otkern: not converged to tol={self._tol:g} ({item}): marginal error "
+            f"{float(self._marginal_error[worst]):.3g} after {int(self._n_iters[worst])} iterations; "
+            "raise max_iter, tol or reg"
+        )
+
+
+# A module's call reaches this package through torch; the line a user wants to see is the one behind both.
+_INTERNAL = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
+_warned_at: set[tuple[str, int]] = set()
+
+
+def _warn_once_per_call_site(message: str) -> None:
+    """Warn at the first line outside this package and torch, once; `warnings` would see each number as new."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        frame, level = frame.f_back, level + 1
+    site = (frame.f_code.co_filename, frame.f_lineno)
+    if site not in _warned_at:
+        _warned_at.add(site)
+        warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+class PlanOperator:
+    """The transport plan as a linear operator, applied by the backend's kernel without building the plan.
+
+    ``op @ v`` takes v (B, M, K), (B, M) or, for a packed batch, (sum of lengths, K) or (sum of lengths,), of any
+    floating dtype, and returns P v in the compute dtype; ``op.T @ u`` returns P^T u. Differentiable with respect to
+    v; a gradient with respect to the problem raises in this release.
+    """
+
+    def __init__(self, result: OTResult, transpose: bool = False):
+        self._result, self._transpose = result, transpose
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, N, M), or (N, M) of an unbatched problem."""
+        inputs = self._result._inputs
+        sizes = (inputs.max_b, inputs.max_a) if self._transpose else (inputs.max_a, inputs.max_b)
+        return (inputs.batch, *sizes) if self._result._batched else sizes
+
+    @property
+    def T(self) -> PlanOperator:
+        return PlanOperator(self._result, not self._transpose)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.apply(v)
+
+    def apply(self, v: Tensor) -> Tensor:
+        """``op @ v`` by name: inside `torch.compile`, which does not trace a matrix product with a Python object."""
+        result, potential = self._result, self._result._f if self._transpose else self._result._g
+        points = tuple(potential.shape if result._batched else potential.shape[1:])
+        if not isinstance(v, Tensor) or tuple(v.shape[: len(points)]) != points or v.dim() > len(points) + 1:
+            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"v must have shape {points} or {(*points, 'K')}, but was {got}")
+        vector = v.dim() == len(points)
+        columns = result._unsqueeze(v.to(potential.dtype))
+        columns = columns.unsqueeze(-1) if vector else columns
+        # Padding may hold anything, and 0 * NaN is NaN.
+        columns = torch.where(row_mask(result._inputs, self._transpose).unsqueeze(-1), columns, 0)
+        out = result._squeeze(result._guard(result._apply(columns, self._transpose), "plan_operator"))
+        return out.squeeze(-1) if vector else out
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """The identity with a backward that raises: a missing derivative is never a silent zero."""
+
+    @staticmethod
+    def forward(ctx, tensor, value, name):
+        ctx.name = name
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"{ctx.name} is not differentiable in this release (it needs the implicit gradient); "
+            'solve with grad="detach" to use it as a constant'
+        )
