@@ -1,0 +1,267 @@
+// Backward of one item: plan panels, their products with the points, the metric's derivative.
+//
+// Everything follows from the gradient of the cost, dC = dvalue P at the returned potentials (envelope theorem), and
+// the partial derivatives of the dual objective. Sums are formed for dvalue = 1 and scaled when they are written.
+#include "plan.h"
+
+namespace otkern {
+namespace OTKERN_LEVEL {
+namespace {
+
+template <class T>
+struct Backward {
+    BackwardCall &call;
+    const Item<T> &item;
+    Team &team;
+    PlanInputs<T> in;
+    int64_t panel;
+    bool past_caches;   // the gradients of the whole batch are more than the caches hold
+    T *plan, *weights;  // panel x cols; `weights` is dC / dx in the euclidean metric, else the plan itself
+    T *sums_x = nullptr, *sums_y = nullptr;  // panel x stride, cloud rows of y x stride
+    T *row_ratio, *row_entropy;              // rows
+    T *column_sums;                          // cols
+
+    Backward(BackwardCall &call_, const Item<T> &item_, Team &team_)
+        : call(call_), item(item_), team(team_), panel(panel_size(item_, team_)) {
+        const Problem &p = item.problem;
+        const int64_t points = p.cu_seqlens_a ? p.total_a + p.total_b : p.batch * (p.max_a + p.max_b);
+        past_caches = kCanStream && points * p.features * int64_t(sizeof(T)) >= (int64_t(8) << 20);
+    }
+
+    bool separate_weights() const { return item.problem.metric == Metric::euclidean; }
+    bool differences() const {
+        return item.problem.metric == Metric::euclidean || item.problem.metric == Metric::sqeuclidean;
+    }
+
+    void carve(Carver &carver) {
+        in.carve(carver, item);
+        carver.take(row_ratio, item.rows);
+        carver.take(row_entropy, item.rows);
+        carver.take(column_sums, item.cols);
+        carver.take(plan, panel * item.cols);
+        weights = plan;
+        if (separate_weights()) carver.take(weights, panel * item.cols);
+        if (call.dx_a) carver.take(sums_x, panel * item.stride);
+        if (call.dx_b) carver.take(sums_y, item.cloud_rows(item.m) * item.stride);
+    }
+
+    void run(T dvalue);
+    void plan_rows(int64_t first, int64_t begin, int64_t end);
+    void row_products(int64_t first, int64_t begin, int64_t end, T dvalue);
+    void column_products(int64_t first, int64_t count, int64_t begin, int64_t end);
+    void write_point(const T *sums, const T *point, T inverse_norm, T dvalue, void *out, int64_t row);
+    void write_weights(T dvalue);
+};
+
+// Rows [begin, end) of the panel that starts at row `first`: cost, plan, weights.
+template <class T>
+void Backward<T>::plan_rows(int64_t first, int64_t begin, int64_t end) {
+    constexpr int width = Simd<T>::width;
+    if (begin >= end) return;
+    T *c = weights + begin * item.cols;
+    cost_rows(item, in.clouds, first + begin, minimum(first + end, item.n), c);
+    for (int64_t i = begin; i < end; ++i) {
+        c = weights + i * item.cols;
+        T *p = plan + i * item.cols;
+        const RowSums sums = plan_row(item, in, first + i, call.dreg != nullptr, c, p);
+        row_ratio[first + i] = T(sums.ratio);
+        row_entropy[first + i] = T(sums.entropy);
+        if (!separate_weights()) continue;
+        // d|x - y| / dx = (x - y) / |x - y|, and 0 where the points coincide.
+        for (int64_t j = 0; j < item.cols; j += width) {
+            const Vec<T> distance = load(c + j);
+            store(c + j, select<T>(distance > 0, load(p + j) / distance, Vec<T>{}));
+        }
+    }
+}
+
+// Gradient rows that a panel completes: those of x, and of the cost.
+template <class T>
+void Backward<T>::row_products(int64_t first, int64_t begin, int64_t end, T dvalue) {
+    const Problem &p = item.problem;
+    if (begin >= end) return;
+    const int64_t stop = minimum(end, item.n - first);
+    if (call.dx_a) {
+        const T *w = weights + begin * item.cols, *x = in.clouds.x + (first + begin) * item.stride;
+        T *out = sums_x + begin * item.stride;
+        if (differences())
+            weighted_sums<T, true>(w, item.cols, 1, x, end - begin, in.clouds.y, item.m, item.stride, item.length,
+                                   false, out);
+        else
+            weighted_sums<T, false>(w, item.cols, 1, x, end - begin, in.clouds.y, item.m, item.stride, item.length,
+                                    false, out);
+        for (int64_t i = begin; i < stop; ++i)
+            write_point(sums_x + i * item.stride, in.clouds.x + (first + i) * item.stride,
+                        in.clouds.inverse_norm_x[first + i], dvalue, call.dx_a, item.first_a + first + i);
+    }
+    if (!call.dcost) return;
+    for (int64_t i = begin; i < stop; ++i) {
+        T *row = plan + i * item.cols;
+        for (int64_t j = 0; j < item.m; ++j) row[j] *= dvalue;
+        const int64_t out = (item.index * p.max_a + first + i) * p.max_b;
+        write_row(row, item.m, const_cast<void *>(element(call.dcost, p.dtype, out)), p.dtype);
+    }
+}
+
+// Columns [begin, end) take in the panel's `count` rows.
+template <class T>
+void Backward<T>::column_products(int64_t first, int64_t count, int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    if (call.dx_b) {
+        const T *w = weights + begin, *x = in.clouds.x + first * item.stride;
+        const T *y = in.clouds.y + begin * item.stride;
+        T *out = sums_y + begin * item.stride;
+        if (differences())
+            weighted_sums<T, true>(w, 1, item.cols, y, end - begin, x, count, item.stride, item.length, first > 0, out);
+        else
+            weighted_sums<T, false>(w, 1, item.cols, y, end - begin, x, count, item.stride, item.length, first > 0,
+                                    out);
+    }
+    if (!call.db) return;
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = begin; j < end; ++j)
+            column_sums[j] = (first + i > 0 ? column_sums[j] : T(0)) + plan[i * item.cols + j];
+}
+
+// One gradient row, from s_i = sum_j P_ij y_j, or sum_j P_ij (x_i - y_j) with the metric's weights.
+//   dot: -s   cosine: -(s - x <x, s>) / |x| with unit x   sqeuclidean: 2 s   euclidean: s
+template <class T>
+void Backward<T>::write_point(const T *sums, const T *point, T inverse_norm, T dvalue, void *out, int64_t row) {
+    constexpr int width = Simd<T>::width;
+    const Problem &p = item.problem;
+    T along = 0, scale = dvalue;
+    if (p.metric == Metric::cosine) {
+        along = dot_rows(point, sums, item.length);
+        scale = -dvalue * inverse_norm;
+    } else if (p.metric == Metric::dot) {
+        scale = -dvalue;
+    } else if (p.metric == Metric::sqeuclidean) {
+        scale = 2 * dvalue;
+    }
+    void *to = const_cast<void *>(element(out, p.dtype, row * p.features));
+    if (sizeof(T) == (p.dtype == Dtype::f64 ? 8 : p.dtype == Dtype::f32 ? 4 : 0)) {
+        T *target = static_cast<T *>(to);
+        int64_t k = 0;
+        const auto gradient = [&](int64_t at) { return (load(sums + at) - load(point + at) * along) * scale; };
+        if (past_caches && (reinterpret_cast<uintptr_t>(target) & 63) == 0)
+            for (; k + 64 / int64_t(sizeof(T)) <= p.features; k += 64 / int64_t(sizeof(T)))
+                for (int64_t l = 0; l < 64 / int64_t(sizeof(T)); l += width) stream(target + k + l, gradient(k + l));
+        for (; k + width <= p.features; k += width) store(target + k, gradient(k));
+        for (; k < p.features; ++k) target[k] = (sums[k] - point[k] * along) * scale;
+        return;
+    }
+    constexpr int64_t chunk = 256;
+    T part[chunk];
+    for (int64_t k = 0; k < p.features; k += chunk) {
+        const int64_t count = minimum(chunk, p.features - k);
+        for (int64_t l = 0; l < count; ++l) part[l] = (sums[k + l] - point[k + l] * along) * scale;
+        write_row(part, count, const_cast<void *>(element(to, p.dtype, k)), p.dtype);
+    }
+}
+
+// da_i = f_i + reg (sum b - r_i), db_j = g_j + reg (sum a - c_j),
+// dreg = sum a sum b - sum P + sum_ij P_ij x_ij = sum_ij a_i b_j h(x_ij) with x = (f + g - C) / reg, all times dvalue.
+template <class T>
+void Backward<T>::write_weights(T dvalue) {
+    double sum_a = 0, sum_b = 0, entropy = 0;
+    for (int64_t i = 0; i < item.n; ++i) sum_a += in.a[i], entropy += double(in.a[i]) * row_entropy[i];
+    for (int64_t j = 0; j < item.m; ++j) sum_b += in.b[j];
+    if (call.dreg) static_cast<T *>(call.dreg)[item.index] = T(double(dvalue) * entropy);
+    if (call.da) {
+        T *da = static_cast<T *>(call.da) + item.first_a;
+        for (int64_t i = 0; i < item.n; ++i) da[i] = dvalue * (in.f[i] + item.reg * (T(sum_b) - row_ratio[i]));
+    }
+    if (call.db) {
+        T *db = static_cast<T *>(call.db) + item.first_b;
+        for (int64_t j = 0; j < item.m; ++j) {
+            const T ratio = in.b[j] != 0 ? column_sums[j] / in.b[j] : T(1);
+            db[j] = dvalue * (in.g[j] + item.reg * (T(sum_a) - ratio));
+        }
+    }
+}
+
+template <class T>
+void Backward<T>::run(T dvalue) {
+    in.read(item, team, call.f, call.g);
+    team.barrier();
+    int64_t begin, end;
+    for (int64_t first = 0; first < item.n; first += panel) {
+        const int64_t count = minimum(panel, item.n - first), used = round_up(count, kGroup);
+        team.split(used / kGroup, begin, end);
+        plan_rows(first, begin * kGroup, end * kGroup);
+        team.barrier();
+        // Columns before rows: the rows of dcost are scaled in place. Tiles are eight rows high.
+        team.split((item.cols + 7) / 8, begin, end);
+        const int64_t columns = item.cloud_rows(item.m);
+        column_products(first, count, minimum(begin * 8, columns), minimum(end * 8, columns));
+        if (call.dcost) team.barrier();
+        team.split((used + 7) / 8, begin, end);
+        row_products(first, minimum(begin * 8, used), minimum(end * 8, used), dvalue);
+        team.barrier();
+    }
+    if (call.dx_b) {
+        team.split(item.m, begin, end);
+        for (int64_t j = begin; j < end; ++j)
+            write_point(sums_y + j * item.stride, in.clouds.y + j * item.stride, in.clouds.inverse_norm_y[j], dvalue,
+                        call.dx_b, item.first_b + j);
+    }
+    if (team.rank == 0) write_weights(dvalue);
+    fence();
+}
+
+inline void zero(void *data, Dtype dtype, int64_t first, int64_t count) {
+    if (data == nullptr || count <= 0) return;
+    char *begin = static_cast<char *>(const_cast<void *>(element(data, dtype, first)));
+    memset(begin, 0, size_t(static_cast<const char *>(element(data, dtype, first + count)) - begin));
+}
+
+// Zeros in the padding of an item's gradients, or in all of them.
+template <class T>
+void clear(const BackwardCall &call, const Item<T> &item, bool everything) {
+    const Problem &p = item.problem;
+    const Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+    const int64_t n = everything ? 0 : item.n, m = everything ? 0 : item.m;
+    zero(call.dx_a, p.dtype, (item.first_a + n) * p.features, (item.room_a - n) * p.features);
+    zero(call.dx_b, p.dtype, (item.first_b + m) * p.features, (item.room_b - m) * p.features);
+    zero(call.da, compute, item.first_a + n, item.room_a - n);
+    zero(call.db, compute, item.first_b + m, item.room_b - m);
+    if (call.dcost) {
+        const int64_t start = item.index * p.max_a * p.max_b;
+        for (int64_t i = 0; i < n; ++i) zero(call.dcost, p.dtype, start + i * p.max_b + m, p.max_b - m);
+        zero(call.dcost, p.dtype, start + n * p.max_b, (p.max_a - n) * p.max_b);
+    }
+    if (everything && call.dreg) static_cast<T *>(call.dreg)[item.index] = 0;
+}
+
+template <class T>
+void backward_item(BackwardCall &call, int64_t index, int64_t next, Team &team) {
+    const Item<T> item(call.problem, index);
+    const T dvalue = static_cast<const T *>(call.dvalue)[index];
+    const bool nothing = item.n == 0 || item.m == 0 || dvalue == 0;
+    if (team.rank == 0) clear(call, item, nothing);
+    if (nothing) return;
+    Backward<T> backward(call, item, team);
+    backward.in.clouds.look_ahead(call.problem, next);
+    Carver carver;
+    backward.carve(carver);
+    carver.memory = static_cast<char *>(team.scratch(carver.used));
+    if (carver.memory == nullptr) {
+        call.out_of_memory = true;
+        return;
+    }
+    carver.used = 0;
+    backward.carve(carver);
+    backward.run(dvalue);
+}
+
+}  // namespace
+
+void backward(BackwardCall &call, int64_t item, int64_t next, Team &team) {
+    if (call.problem.dtype == Dtype::f64)
+        backward_item<double>(call, item, next, team);
+    else
+        backward_item<float>(call, item, next, team);
+}
+
+}  // namespace OTKERN_LEVEL
+}  // namespace otkern

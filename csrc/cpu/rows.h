@@ -1,0 +1,134 @@
+// Rows between tensors and scratch: strides, dtypes, normalisation, the check for non-finite points.
+//
+// In scratch a row of d features takes `row_stride(d)` numbers: padded with zeros to whole vectors, and an odd number
+// of cache lines, so that the rows of a power-of-two d do not all fall into the same sets of the L1 cache.
+#pragma once
+
+#include "simd.h"
+
+namespace otkern {
+namespace OTKERN_LEVEL {
+
+template <class T>
+OTKERN_INLINE int64_t round_up(int64_t n, T unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
+template <class T>
+OTKERN_INLINE int64_t padded(int64_t n) {
+    return round_up(n, Simd<T>::width);
+}
+
+template <class T>
+OTKERN_INLINE int64_t row_stride(int64_t d) {
+    const int64_t line = 64 / int64_t(sizeof(T)), lines = (d + line - 1) / line;
+    return (lines | 1) * line;
+}
+
+template <class S, class T>
+OTKERN_INLINE void read_row(const S *source, int64_t stride, int64_t d, T *row) {
+    if (stride == 1)
+        for (int64_t k = 0; k < d; ++k) row[k] = T(to_compute(source[k]));
+    else
+        for (int64_t k = 0; k < d; ++k) row[k] = T(to_compute(source[k * stride]));
+}
+
+OTKERN_INLINE const void *element(const void *data, Dtype dtype, int64_t offset) {
+    const int64_t bytes = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+    return static_cast<const char *>(data) + offset * bytes;
+}
+
+// d numbers of any dtype and stride to compute precision. T is double for f64 and float for the others.
+inline void read_row(const void *source, Dtype dtype, int64_t stride, int64_t d, float *row) {
+    if (dtype == Dtype::f32)
+        read_row(static_cast<const float *>(source), stride, d, row);
+    else if (dtype == Dtype::bf16)
+        read_row(static_cast<const BFloat16 *>(source), stride, d, row);
+    else
+        read_row(static_cast<const Half *>(source), stride, d, row);
+}
+inline void read_row(const void *source, Dtype, int64_t stride, int64_t d, double *row) {
+    read_row(static_cast<const double *>(source), stride, d, row);
+}
+
+template <class S, class T>
+OTKERN_INLINE void write_row(const T *row, int64_t d, S *out) {
+    for (int64_t k = 0; k < d; ++k) from_compute(row[k], out + k);
+}
+
+inline void write_row(const float *row, int64_t d, void *out, Dtype dtype) {
+    if (dtype == Dtype::f32)
+        write_row(row, d, static_cast<float *>(out));
+    else if (dtype == Dtype::bf16)
+        write_row(row, d, static_cast<BFloat16 *>(out));
+    else
+        write_row(row, d, static_cast<Half *>(out));
+}
+inline void write_row(const double *row, int64_t d, void *out, Dtype) {
+    write_row(row, d, static_cast<double *>(out));
+}
+
+template <class T>
+OTKERN_INLINE bool is_finite(T x) {
+    return x - x == 0;
+}
+
+// <x, y> of two rows in scratch; `length` is whole vectors.
+template <class T>
+inline T dot_rows(const T *x, const T *y, int64_t length) {
+    constexpr int width = Simd<T>::width;
+    Vec<T> acc[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * width <= length; k += 4 * width)
+        for (int i = 0; i < 4; ++i) acc[i] += load(x + k + i * width) * load(y + k + i * width);
+    for (; k < length; k += width) acc[0] += load(x + k) * load(y + k);
+    return horizontal_sum<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// x / |x| in place, 0 for x = 0; `squares` is <x, x>. Returns 1 / |x|, or 0. The sum of squares of ordinary data is
+// safe; where it leaves the range that squares can represent, the row is scaled by a power of two first.
+template <class T>
+inline T normalise_row(T *row, int64_t length, T squares) {
+    constexpr T tiny = sizeof(T) == 4 ? T(1e-30) : T(1e-280), huge = sizeof(T) == 4 ? T(1e37) : T(1e300);
+    constexpr int width = Simd<T>::width;
+    T scale = 1, rest = 1;
+    if (!(squares > tiny && squares < huge)) {
+        T largest = 0;
+        for (int64_t k = 0; k < length; ++k) largest = maximum(row[k] < 0 ? -row[k] : row[k], largest);
+        if (!(largest > 0) || !is_finite(largest)) return 0;
+        int exponent;
+        __builtin_frexp(double(largest), &exponent);
+        // Two factors: the smallest subnormal needs more than the largest power of two.
+        scale = T(__builtin_ldexp(1.0, -exponent / 2));
+        rest = T(__builtin_ldexp(1.0, -exponent - (-exponent / 2)));
+        for (int64_t k = 0; k < length; ++k) row[k] = row[k] * scale * rest;
+        squares = dot_rows(row, row, length);
+    }
+    const T inverse = T(1 / square_root(double(squares)));  // an error here is common to the whole row
+    for (int64_t k = 0; k < length; k += width) store(row + k, load(row + k) * inverse);
+    // The norm of a subnormal row has no finite inverse; its gradient must not become inf * 0.
+    return minimum(inverse * scale * rest, T(sizeof(T) == 4 ? 3e38 : 1e308));
+}
+
+// Rows [begin, end) of one item's cloud into scratch. For the cosine metric rows become directions and
+// `inverse_norm` (one per row) is filled. Returns false when `check` is set and an entry is not finite.
+template <class T>
+inline bool pack_rows(const Matrix &points, Dtype dtype, int64_t offset, int64_t begin, int64_t end, int64_t d,
+                      bool normalise, bool check, T *rows, T *inverse_norm) {
+    const int64_t stride = row_stride<T>(d), length = padded<T>(d);
+    bool finite = true;
+    for (int64_t i = begin; i < end; ++i) {
+        T *row = rows + i * stride;
+        read_row(element(points.data, dtype, offset + i * points.stride_row), dtype, points.stride_col, d, row);
+        for (int64_t k = d; k < stride; ++k) row[k] = 0;
+        if (!check && !normalise) continue;
+        const T squares = dot_rows(row, row, length);
+        if (check && !is_finite(squares))  // also where the squares of finite numbers overflow: look closer
+            for (int64_t k = 0; k < d; ++k) finite = finite && is_finite(row[k]);
+        if (normalise) inverse_norm[i] = normalise_row(row, length, squares);
+    }
+    return finite;
+}
+
+}  // namespace OTKERN_LEVEL
+}  // namespace otkern
