@@ -1,0 +1,62 @@
+"""The Triton backend: NVIDIA GPUs, and CPU tensors in Triton's interpreter.
+
+Problems of up to 128 x 128 points (64 x 64 in fp64) are solved whole by one program each, larger ones by launches over
+their blocks. Triton is imported with the first call, not before.
+
+    launch.py          the launch table and the grids
+    tiles.py           the cost tile that every kernel starts from
+    onchip_forward.py  the solve in one launch
+    global_forward.py  the solve of larger problems
+    plan_backward.py   everything that needs the plan: gradients and products
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from torch import Tensor
+
+from otkern.problem import Inputs, check_points
+
+
+def can_run(inputs: Inputs) -> str | None:
+    """None if this backend can serve the call, else one sentence why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if inputs.device.type == "cuda":
+        return None
+    if inputs.device.type != "cpu":
+        return f"the triton backend takes CUDA tensors, not {inputs.device.type} tensors"
+    # What counts is how the kernels were decorated, not what the environment says by now.
+    from . import tiles
+
+    if type(tiles.cost_tile).__name__ == "InterpretedFunction":
+        return None
+    return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the first import"
+
+
+def forward(
+    inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float, check: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The values (B,), potentials, marginal errors (B,) and iteration counts (B,) of the batch."""
+    from . import launch
+
+    if check:
+        check_points(inputs)
+    return launch.forward(inputs, g_init, max_iter, tol)
+
+
+def backward(
+    inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients (x_a, x_b, cost, a, b, reg) of the values at fixed potentials, None where not needed."""
+    from . import launch
+
+    return launch.backward(inputs, f.contiguous(), g.contiguous(), dvalue, needs)
+
+
+def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
+    """P @ v or P^T @ v, with `times_cost` the elementwise product of P and C in place of P; compute dtype."""
+    from . import launch
+
+    return launch.apply(inputs, f.contiguous(), g.contiguous(), v, transpose, times_cost)

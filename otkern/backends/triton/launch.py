@@ -1,0 +1,440 @@
+"""The host side: the launch table, the arguments that every kernel takes, and the grids.
+
+Nothing here reads device memory. Which kernel serves an item, and with which block sizes, follows from the item's own
+size inside the kernel; the host only launches every size class that the batch may hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from otkern.problem import METRICS, Inputs
+
+from . import global_forward, onchip_forward, plan_backward
+
+
+class Launch(NamedTuple):
+    """How one size class is compiled."""
+
+    block: int  # rows and columns of a tile
+    block_d: int  # features, or columns of a right-hand side, per step
+    warps: int
+    stages: int
+    precision: str  # of tl.dot on fp32 operands; 16-bit and fp64 operands have only one
+    in_registers: bool = True  # onchip_forward: the cost stays in registers too
+
+
+# tf32 alone would lose half of the digits of fp32 input. "ieee" is fp32 multiply-add; "tf32x3" uses the matrix units,
+# but whether their truncating accumulation is as good over hundreds of features has to be measured on them first.
+FORWARD = {
+    torch.float32: (
+        Launch(16, 32, 1, 1, "ieee"),
+        Launch(32, 32, 4, 1, "ieee"),
+        Launch(64, 32, 8, 1, "ieee"),
+        Launch(128, 16, 8, 1, "ieee", False),
+    ),
+    torch.bfloat16: (
+        Launch(16, 64, 1, 1, "ieee"),
+        Launch(32, 64, 4, 1, "ieee"),
+        Launch(64, 32, 8, 1, "ieee"),
+        Launch(128, 16, 8, 1, "ieee", False),
+    ),
+    torch.float64: (
+        Launch(16, 16, 1, 1, "ieee"),
+        Launch(32, 16, 4, 1, "ieee"),
+        Launch(64, 16, 8, 1, "ieee", False),
+    ),
+}
+FORWARD[torch.float16] = FORWARD[torch.bfloat16]
+
+# Cost tiles of the problems beyond the largest class.
+COST = {
+    torch.float32: Launch(64, 32, 8, 1, "ieee"),
+    torch.bfloat16: Launch(64, 32, 8, 1, "ieee"),
+    torch.float16: Launch(64, 32, 8, 1, "ieee"),
+    torch.float64: Launch(64, 16, 8, 1, "ieee"),
+}
+# Tiles of the gradients; items beyond the last class loop over tiles of its size. 16-bit gradients are rounded to 8 or
+# 11 bits at the end, so the matrix units' three-pass product is more than they can show.
+BACKWARD = {
+    torch.float32: (Launch(16, 16, 1, 1, "ieee"), Launch(32, 16, 4, 1, "ieee"), Launch(64, 16, 8, 1, "ieee")),
+    torch.bfloat16: (Launch(16, 32, 1, 1, "tf32x3"), Launch(32, 32, 4, 1, "tf32x3"), Launch(64, 16, 8, 1, "tf32x3")),
+    torch.float64: (Launch(16, 16, 1, 1, "ieee"), Launch(32, 16, 4, 1, "ieee")),
+}
+BACKWARD[torch.float16] = BACKWARD[torch.bfloat16]
+# Gradients of costs, which need no product.
+BACKWARD_COST = {torch.float32: Launch(64, 16, 8, 1, "ieee"), torch.float64: Launch(32, 16, 4, 1, "ieee")}
+APPLY = {
+    torch.float32: Launch(64, 16, 8, 1, "ieee"),
+    torch.bfloat16: Launch(64, 16, 8, 1, "ieee"),
+    torch.float16: Launch(64, 16, 8, 1, "ieee"),
+    torch.float64: Launch(64, 16, 8, 1, "ieee"),
+}
+# (block of the updated side, block of the other side, warps) of a half update
+HALF_UPDATE = {torch.float32: (32, 128, 4), torch.float64: (32, 64, 4)}
+FINISH_BLOCK = 128
+
+# Settings that differ on one device: (table name, compute capability, dtype) -> what stands in that table.
+OVERRIDES: dict = {}
+
+# Bounds of the work memory: items whose cost rests in scratch at a time, and elements of the costs in global memory.
+SCRATCH_ITEMS = 1024
+SCRATCH_ELEMENTS = 2**28
+
+KIND = {"sqeuclidean": 0, "euclidean": 0, "cosine": 1, "dot": 1, "cost": 2}
+TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def table(name: str, entries: dict, dtype: torch.dtype, device: torch.device):
+    """What the launch table holds for a dtype on a device."""
+    if OVERRIDES and device.type == "cuda":
+        return OVERRIDES.get((name, torch.cuda.get_device_capability(device), dtype), entries[dtype])
+    return entries[dtype]
+
+
+def on_device(device: torch.device):
+    """Triton launches on the current device, which may not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def options(warps: int, stages: int = 1) -> dict:
+    # Fp fusion is stated because its default differs between Triton versions, and with it the bits. The register limit
+    # is the hardware's own: left to itself the assembler spills a little in one-warp programs to fit more of them.
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, "maxnreg": 255}
+
+
+def problem_arguments(inputs: Inputs) -> dict:
+    """The arguments that every kernel over points or costs takes, by name."""
+    empty = torch.empty(1, dtype=torch.int32, device=inputs.device)
+    mode_a = 2 if inputs.cu_seqlens_a is not None else int(inputs.lengths_a is not None)
+    mode_b = 2 if inputs.cu_seqlens_b is not None else int(inputs.lengths_b is not None)
+    if inputs.cost is not None:
+        x = y = inputs.cost
+        D = 1
+    else:
+        # Loads across a feature stride would cost more than the copy, several times over.
+        x, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (inputs.x_a, inputs.x_b))
+        D = x.shape[-1]
+    strides_x, strides_y = x.stride(), y.stride()
+    if inputs.packed:
+        strides_x, strides_y = (0, *strides_x), (0, *strides_y)
+    reg = inputs.reg.contiguous()
+    return {
+        "x_ptr": x,
+        "y_ptr": y,
+        "a_ptr": reg if inputs.a is None else inputs.a.contiguous(),
+        "b_ptr": reg if inputs.b is None else inputs.b.contiguous(),
+        "reg_ptr": reg,
+        "sizes_a_ptr": first_given(inputs.cu_seqlens_a, inputs.lengths_a, empty),
+        "sizes_b_ptr": first_given(inputs.cu_seqlens_b, inputs.lengths_b, empty),
+        **{f"stride_x_{axis}": stride for axis, stride in zip("bnd", strides_x, strict=True)},
+        **{f"stride_y_{axis}": stride for axis, stride in zip("bnd", strides_y, strict=True)},
+        "N": inputs.max_a,
+        "M": inputs.max_b,
+        "D": D,
+        "mode_a": mode_a,
+        "mode_b": mode_b,
+        "has_a": int(inputs.a is not None),
+        "has_b": int(inputs.b is not None),
+        "metric": (*METRICS, "cost").index(inputs.metric),
+        "KIND": KIND[inputs.metric],
+        "COMPUTE": TL_DTYPE[inputs.compute_dtype],
+        "WIDEN": inputs.device.type == "cpu",
+    }
+
+
+def first_given(*tensors: Tensor | None) -> Tensor:
+    return next(t for t in tensors if t is not None).contiguous()
+
+
+def select(arguments: dict, kernel) -> dict:
+    """Those of the arguments that a kernel has."""
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+
+
+def onchip_limit(dtype: torch.dtype) -> int:
+    """The largest size class of a dtype."""
+    return FORWARD[dtype][-1].block
+
+
+def classes(entries: tuple[Launch, ...], largest: int):
+    """The size classes that a batch with this largest possible size may hold: (settings, exclusive lower bound)."""
+    lower = -1
+    for entry in entries:
+        yield entry, lower
+        lower = entry.block
+        if largest <= lower:
+            return
+
+
+def forward(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float) -> tuple[Tensor, ...]:
+    dtype, device = inputs.compute_dtype, inputs.device
+    new = {"dtype": dtype, "device": device}
+    value, error = torch.empty(inputs.batch, **new), torch.empty(inputs.batch, **new)
+    f, g = torch.zeros(inputs.shape_f, **new), torch.zeros(inputs.shape_g, **new)
+    iters = torch.full((inputs.batch,), -1, dtype=torch.int32, device=device)
+    if inputs.batch == 0:
+        return value, f, g, error, iters
+    arguments = problem_arguments(inputs) | {
+        "g_init_ptr": value if g_init is None else g_init.contiguous(),
+        "has_init": int(g_init is not None),
+        "value_ptr": value,
+        "f_ptr": f,
+        "g_ptr": g,
+        "error_ptr": error,
+        "iters_ptr": iters,
+        "max_iter": max_iter,
+        "tol": round_down(tol),
+    }
+    largest = max(inputs.max_a, inputs.max_b)
+    points_dtype = inputs.primary.dtype
+    with on_device(device):
+        for entry, lower in classes(table("forward", FORWARD, points_dtype, device), largest):
+            _forward_onchip(inputs, arguments, entry, lower)
+        limit = onchip_limit(points_dtype)
+        if largest > limit:
+            group = max(1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b))
+            for first in range(0, inputs.batch, group):
+                _forward_global(inputs, arguments | {"ONCHIP": limit}, first, min(group, inputs.batch - first))
+    return value, f, g, error, iters
+
+
+def _forward_onchip(inputs: Inputs, arguments: dict, entry: Launch, lower: int) -> None:
+    kernel = onchip_forward.onchip_forward_kernel
+    group = inputs.batch if entry.in_registers else min(inputs.batch, SCRATCH_ITEMS)
+    scratch = arguments["value_ptr"]
+    if not entry.in_registers:
+        scratch = torch.empty((group, entry.block, entry.block), dtype=inputs.compute_dtype, device=inputs.device)
+    for first in range(0, inputs.batch, group):
+        kernel[(min(group, inputs.batch - first),)](
+            **select(arguments, kernel),
+            scratch_ptr=scratch,
+            first_item=first,
+            BLOCK=entry.block,
+            LOWER=lower,
+            BLOCK_D=entry.block_d,
+            PRECISION=entry.precision,
+            COST_IN_REGISTERS=entry.in_registers,
+            **options(entry.warps, entry.stages),
+        )
+
+
+def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> None:
+    """Items first .. first + count of those beyond the largest on-chip class."""
+    N, M, device, dtype = inputs.max_a, inputs.max_b, inputs.device, inputs.compute_dtype
+    entry = table("cost", COST, inputs.primary.dtype, device)
+    block_out, block_in, warps = table("half_update", HALF_UPDATE, dtype, device)
+    new = {"dtype": dtype, "device": device}
+    # rows padded so that every one of them starts at an address that wide loads can use
+    pitch = triton.cdiv(M, 16) * 16
+    cost = torch.empty((count, N, pitch), **new)
+    f_even, f_odd, g = torch.empty((count, N), **new), torch.empty((count, N), **new), torch.empty((count, M), **new)
+    blocks = max(1, triton.cdiv(N, block_out))
+    gap = torch.empty((count, blocks), **new)
+    arguments = arguments | {"first_item": first, "cost_ptr": cost, "gap_ptr": gap, "blocks": blocks}
+    arguments |= {"stride_item": N * pitch, "stride_row": pitch}
+    if N > 0 and M > 0:
+        kernel = global_forward.cost_forward_kernel
+        kernel[(count, triton.cdiv(N, entry.block), triton.cdiv(M, entry.block))](
+            **select(arguments, kernel),
+            BLOCK=entry.block,
+            BLOCK_D=entry.block_d,
+            PRECISION=entry.precision,
+            **options(entry.warps, entry.stages),
+        )
+    kernel = global_forward.half_update_forward_kernel
+    sides = {
+        side: {
+            "N_in": arguments[size_in],
+            "N_out": arguments[size_out],
+            "stride_out": stride_out,
+            "stride_in": stride_in,
+            "ROW_SIDE": side == "a",
+            **{name.format("out"): arguments[key.format(side)] for name, key in _SIDE_ARGUMENTS},
+            **{name.format("in"): arguments[key.format(other)] for name, key in _SIDE_ARGUMENTS},
+        }
+        for side, other, size_out, size_in, stride_out, stride_in in (
+            ("a", "b", "N", "M", pitch, 1),
+            ("b", "a", "M", "N", 1, pitch),
+        )
+    }
+    shared = select(arguments, kernel) | {
+        "init_ptr": arguments["g_init_ptr"],
+        "BLOCK_OUT": block_out,
+        "BLOCK_IN": block_in,
+        **options(warps),
+    }
+    for k in range(arguments["max_iter"] + 1):
+        f_new, f_old = (f_odd, f_even) if k % 2 else (f_even, f_odd)
+        kernel[(count, blocks)](**shared, **sides["a"], potential_ptr=g, out_ptr=f_new, old_ptr=f_old, k=k)
+        if k < arguments["max_iter"]:
+            grid = (count, max(1, triton.cdiv(M, block_out)))
+            kernel[grid](**shared, **sides["b"], potential_ptr=f_new, out_ptr=g, old_ptr=g, k=k)
+    kernel = global_forward.finish_forward_kernel
+    kernel[(count,)](
+        **select(arguments, kernel),
+        f_even_ptr=f_even,
+        f_odd_ptr=f_odd,
+        g_last_ptr=g,
+        BLOCK=FINISH_BLOCK,
+        ROWS=block_out,
+        **options(4),
+    )
+
+
+# Names of the arguments of one side in the kernels that treat rows and columns alike.
+_SIDE_ARGUMENTS = (
+    ("w_{}_ptr", "{}_ptr"),
+    ("sizes_{}_ptr", "sizes_{}_ptr"),
+    ("mode_{}", "mode_{}"),
+    ("has_w_{}", "has_{}"),
+)
+
+
+def sided(inputs: Inputs, arguments: dict, f: Tensor, g: Tensor, side: str) -> dict:
+    """The arguments of a kernel that treats rows and columns alike, for side "a" or "b" as its "out" side."""
+    other = "b" if side == "a" else "a"
+    result = dict(arguments)
+    for out, key in _SIDE_ARGUMENTS:
+        result[out.format("out")] = arguments[key.format(side)]
+        result[out.format("in")] = arguments[key.format(other)]
+    result["h_out_ptr"], result["h_in_ptr"] = (f, g) if side == "a" else (g, f)
+    result["N_out"], result["N_in"] = (inputs.max_a, inputs.max_b) if side == "a" else (inputs.max_b, inputs.max_a)
+    if side == "b" and inputs.cost is not None:
+        result["stride_x_n"], result["stride_x_d"] = arguments["stride_x_d"], arguments["stride_x_n"]
+    elif side == "b":
+        result["x_ptr"], result["y_ptr"] = arguments["y_ptr"], arguments["x_ptr"]
+        for axis in "bnd":
+            result[f"stride_x_{axis}"] = arguments[f"stride_y_{axis}"]
+            result[f"stride_y_{axis}"] = arguments[f"stride_x_{axis}"]
+    return result
+
+
+def backward(
+    inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    needs_a, needs_b, needs_cost, needs_weights, needs_reg = needs
+    device, dtype = inputs.device, inputs.compute_dtype
+    da = torch.zeros_like(f) if needs_weights and inputs.a is not None else None
+    db = torch.zeros_like(g) if needs_weights and inputs.b is not None else None
+    dreg = torch.zeros(inputs.batch, dtype=dtype, device=device) if needs_reg else None
+    # The interpreter truncates where a GPU rounds to bfloat16: there the rounding is left to torch.
+    new = {"dtype": dtype if device.type == "cpu" else inputs.primary.dtype, "device": device}
+    dx_a = torch.zeros(inputs.x_a.shape, **new) if needs_a else None
+    dx_b = torch.zeros(inputs.x_b.shape, **new) if needs_b else None
+    dcost = torch.zeros(inputs.cost.shape, **new) if needs_cost else None
+    if inputs.batch > 0:
+        arguments = problem_arguments(inputs) | {"dvalue_ptr": dvalue.contiguous()}
+        parts = None
+        if dreg is not None:
+            parts = torch.empty((inputs.batch, max(1, triton.cdiv(inputs.max_a, 16))), dtype=dtype, device=device)
+        with on_device(device):
+            if needs_a or needs_cost or da is not None or needs_reg:
+                dx = dcost if needs_cost else dx_a
+                _backward_side(inputs, sided(inputs, arguments, f, g, "a"), dx, da, parts, inputs.max_a)
+            if needs_b or db is not None:
+                _backward_side(inputs, sided(inputs, arguments, f, g, "b"), dx_b, db, None, inputs.max_b)
+            if needs_reg:
+                _backward_reg(inputs, arguments, parts, dreg)
+    gradients = (None if dx is None else dx.to(inputs.primary.dtype) for dx in (dx_a, dx_b, dcost))
+    return (*gradients, da, db, dreg)
+
+
+def _backward_classes(inputs: Inputs) -> tuple[Launch, ...]:
+    if inputs.cost is not None:
+        return (table("backward_cost", BACKWARD_COST, inputs.compute_dtype, inputs.device),)
+    return table("backward", BACKWARD, inputs.primary.dtype, inputs.device)
+
+
+def _backward_side(inputs: Inputs, arguments: dict, dx, dw, parts, n_out: int) -> None:
+    kernel = plan_backward.plan_backward_kernel
+    unused = arguments["dvalue_ptr"]
+    strides = (0, 0) if dx is None else ((0, *dx.stride()) if inputs.packed else dx.stride())[:2]
+    entries = _backward_classes(inputs)
+    sums = dx
+    if dx is not None and dx.dtype != inputs.compute_dtype and max(inputs.max_a, inputs.max_b) > entries[-1].block:
+        sums = torch.empty(dx.shape, dtype=inputs.compute_dtype, device=dx.device)
+    elif dx is None or dx.dtype != inputs.compute_dtype:
+        sums = unused
+    for entry, lower in classes(entries, max(inputs.max_a, inputs.max_b)):
+        kernel[(inputs.batch, max(1, triton.cdiv(n_out, entry.block)))](
+            **select(arguments, kernel),
+            dx_ptr=unused if dx is None else dx,
+            sum_ptr=sums,
+            dw_ptr=unused if dw is None else dw,
+            dreg_ptr=unused if parts is None else parts,
+            stride_dx_b=strides[0],
+            stride_dx_n=strides[1],
+            blocks=0 if parts is None else parts.shape[1],
+            need_x=int(dx is not None),
+            need_w=int(dw is not None),
+            need_reg=int(parts is not None),
+            BLOCK=entry.block,
+            LOWER=lower,
+            UPPER=2**31 - 1 if entry is entries[-1] else entry.block,
+            BLOCK_D=entry.block_d,
+            PRECISION="ieee",
+            PRECISION_PLAN=entry.precision,
+            **options(entry.warps, entry.stages),
+        )
+
+
+def _backward_reg(inputs: Inputs, arguments: dict, parts: Tensor, dreg: Tensor) -> None:
+    kernel = plan_backward.reg_backward_kernel
+    blocks = [entry.block for entry in _backward_classes(inputs)]
+    small, medium, large = (blocks + 2 * blocks[-1:])[:3]
+    kernel[(inputs.batch,)](
+        **select(arguments, kernel),
+        part_ptr=parts,
+        dreg_ptr=dreg,
+        parts=parts.shape[1],
+        SMALL=small,
+        MEDIUM=medium,
+        LARGE=large,
+        BLOCK=FINISH_BLOCK,
+        **options(4),
+    )
+
+
+def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
+    shape = inputs.shape_g if transpose else inputs.shape_f
+    out = torch.zeros((*shape, v.shape[-1]), dtype=inputs.compute_dtype, device=inputs.device)
+    if out.numel() == 0:
+        return out
+    kernel = plan_backward.plan_apply_kernel
+    entry = table("apply", APPLY, inputs.primary.dtype, inputs.device)
+    arguments = sided(inputs, problem_arguments(inputs), f, g, "b" if transpose else "a")
+    strides_v, strides_out = v.stride(), out.stride()
+    if inputs.packed:
+        strides_v, strides_out = (0, *strides_v), (0, *strides_out)
+    with on_device(inputs.device):
+        kernel[(inputs.batch, triton.cdiv(arguments["N_out"], entry.block))](
+            **select(arguments, kernel),
+            v_ptr=v,
+            out_ptr=out,
+            **{f"stride_v_{axis}": stride for axis, stride in zip("bnd", strides_v, strict=True)},
+            stride_out_b=strides_out[0],
+            stride_out_n=strides_out[1],
+            K=v.shape[-1],
+            times_cost=int(times_cost),
+            BLOCK=entry.block,
+            BLOCK_D=entry.block_d,
+            BLOCK_K=entry.block_d,
+            PRECISION=entry.precision,
+            **options(entry.warps, entry.stages),
+        )
+    return out
+
+
+def round_down(tol: float) -> float:
+    """The largest fp32 number that is not above the tolerance: scalars reach a kernel as fp32."""
+    rounded = torch.tensor(tol, dtype=torch.float32)
+    if float(rounded) > tol:
+        rounded = torch.nextafter(rounded, torch.tensor(-float("inf")))
+    return float(rounded)

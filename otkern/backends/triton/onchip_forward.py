@@ -1,0 +1,202 @@
+"""The whole solve of one problem by one program, in one launch: the iterated matrix never leaves the registers."""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    DISTANCE,
+    LN_2,
+    LOG2_E,
+    RUNTIME_ONLY,
+    cost_tile,
+    item_base,
+    item_span,
+    load_weights,
+    log2_weights,
+    minus_log2_sum,
+)
+
+# Scalings between 2^-16 and 2^16 of the absorbed potentials are safe: the plan is kept times 2^60, so an entry that was
+# flushed to zero (below 2^-126) is less than 2^-154 of the total mass at any such scaling.
+SCALING_MIN = tl.constexpr(2.0**-16)
+SCALING_MAX = tl.constexpr(2.0**16)
+PLAN_SCALE = tl.constexpr(2.0**60)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ONLY)
+def onchip_forward_kernel(
+    x_ptr, y_ptr, a_ptr, b_ptr, reg_ptr, g_init_ptr, sizes_a_ptr, sizes_b_ptr, scratch_ptr,
+    value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
+    stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
+    first_item, N, M, D, mode_a, mode_b, has_a, has_b, has_init, metric, max_iter, tol,
+    BLOCK: tl.constexpr, LOWER: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, COST_IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """One program solves item first_item + p, if it is of this size class, LOWER < max(n, m) <= BLOCK.
+
+    With S = 2^60, the plan of the absorbed potentials is K_ij = S a_i b_j exp((f_i + g_j - C_ij) / reg) and the current
+    one p_i K_ij q_j. Of the potentials only g is kept: in a tile of 128 rows a vector over the rows costs 16 registers
+    a thread.
+
+    Two 128 x 128 tiles and these vectors do not fit the registers in the layout that the matrix units leave the cost
+    in. There, without COST_IN_REGISTERS, the cost of the item rests in scratch, near in the L2 cache, and is read
+    again only where potentials are absorbed, in the layout that suits the loop.
+    """
+    slot = tl.program_id(0)
+    item = first_item + slot
+    start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
+    start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
+    size = tl.maximum(n, m)
+    if (size <= LOWER) | (size > BLOCK):
+        return
+    i = tl.arange(0, BLOCK)
+    j = tl.arange(0, BLOCK)
+    reg = tl.load(reg_ptr + item)
+    base_x = item_base(x_ptr, item, start_a, stride_x_b, stride_x_n, mode_a)
+    base_y = item_base(y_ptr, item, start_b, stride_y_b, stride_y_n, mode_b)
+    tile_ptr = scratch_ptr + slot.to(tl.int64) * (BLOCK * BLOCK)
+    if COST_IN_REGISTERS:
+        cost, _, _ = cost_tile(
+            base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, i, j, n, m, D, metric,
+            BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+        )  # fmt: skip
+    else:
+        # in parts, because the product holds its operands in registers next to the result
+        ROWS: tl.constexpr = BLOCK // 4 if KIND == DISTANCE else BLOCK // 2
+        for first in range(0, n, ROWS):
+            part = first + tl.arange(0, ROWS)
+            rows_cost, _, _ = cost_tile(
+                base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, part, j, n, m, D, metric,
+                ROWS, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+            )  # fmt: skip
+            tl.store(tile_ptr + part[:, None] * BLOCK + j[None, :], rows_cost)
+        tl.debug_barrier()
+        cost = tl.zeros((BLOCK, BLOCK), COMPUTE)
+    solve_item(
+        item, cost, tile_ptr, reg, start_a, start_b, n, m, i, j,
+        a_ptr, b_ptr, g_init_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
+        has_a, has_b, has_init, max_iter, tol, BLOCK, COMPUTE, COST_IN_REGISTERS,
+    )  # fmt: skip
+
+
+@triton.jit
+def solve_item(
+    item, cost, tile_ptr, reg, start_a, start_b, n, m, i, j,
+    a_ptr, b_ptr, g_init_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
+    has_a, has_b, has_init, max_iter, tol, BLOCK: tl.constexpr, COMPUTE: tl.constexpr, COST_IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """The iterations of one item and its results, from its cost."""
+    a = load_weights(a_ptr, start_a, i, n, has_a, COMPUTE)
+    b = load_weights(b_ptr, start_b, j, m, has_b, COMPUTE)
+    if not COST_IN_REGISTERS:
+        cost = load_tile(tile_ptr, i, j, n, BLOCK)
+    # A row that reaches no column of positive weight, or the other way round, takes no part in the iterations.
+    reached_a = tl.min(cost + tl.where(b > 0, 0.0, float("inf"))[None, :], axis=1) < float("inf")
+    reached_b = tl.min(cost + tl.where(a > 0, 0.0, float("inf"))[:, None], axis=0) < float("inf")
+    lost = tl.sum(tl.where(reached_a, 0.0, a), axis=0) + tl.sum(tl.where(reached_b, 0.0, b), axis=0)
+    g = tl.zeros((BLOCK,), COMPUTE)
+    if has_init:
+        g = tl.load(g_init_ptr + start_b + j, mask=j < m, other=0.0)
+    a = tl.where(reached_a, a, 0.0) * PLAN_SCALE
+    b = tl.where(reached_b, b, 0.0) * PLAN_SCALE
+
+    kernel = tl.zeros((BLOCK, BLOCK), COMPUTE)
+    q = tl.zeros((BLOCK,), COMPUTE) + 1.0
+    row_sum = tl.zeros((BLOCK,), COMPUTE) + 1.0
+    g_last = g
+    error = lost + float("inf")
+    if (n == 0) | (m == 0):
+        error = lost
+        max_iter = 0
+    k = 0
+    while (k < max_iter) & (error > tol):
+        # p_i = S a_i / sum_j K_ij q_j;  q_j = S b_j / sum_i K_ij p_i
+        g_last = g + tl.log2(q) * LN_2 * reg
+        p = tl.where(a > 0, a / tl.where(a > 0, row_sum, 1.0), 1.0)
+        # A p out of range becomes NaN and makes every q NaN, which fails the test below: one reduction for both sides.
+        p = tl.where((p >= SCALING_MIN) & (p <= SCALING_MAX), p, float("nan"))
+        col_sum = tl.sum(kernel * p[:, None], axis=0)
+        q = tl.where(b > 0, b / tl.where((b > 0) & (col_sum != 0), col_sum, 1.0), 1.0)
+        unsafe = tl.sum((~((q >= SCALING_MIN) & (q <= SCALING_MAX))).to(tl.int32), axis=0)
+        if (k == 0) | (unsafe > 0):
+            # The same iteration once more, in the log domain, then absorb it.
+            if not COST_IN_REGISTERS:
+                cost = load_tile(tile_ptr, not_before(i, error), j, n, BLOCK)
+            log_a_l2 = log2_weights(not_before(a, error) * (1.0 / PLAN_SCALE))
+            log_b_l2 = log2_weights(not_before(b, error) * (1.0 / PLAN_SCALE))
+            f = soft_min(g_last[None, :], cost, log_b_l2[None, :], reg, 1)
+            g = soft_min(f[:, None], cost, log_a_l2[:, None], reg, 0)
+            exponent = (f[:, None] + g[None, :] - cost) * (LOG2_E / reg)
+            kernel = scaled_exp2(exponent + (log_a_l2[:, None] + log_b_l2[None, :]))
+            p = tl.where(a >= 0, 1.0, p)
+            q = tl.where(b >= 0, 1.0, q)
+        # The row sums of the next iteration are the marginals of this one: S P1 = p (K q).
+        row_sum = tl.sum(kernel * q[None, :], axis=1)
+        k += 1
+        if (tol >= 0) | (k == max_iter):
+            error = tl.sum(tl.abs(p * row_sum - a), axis=0) * (1.0 / PLAN_SCALE) + lost
+
+    # The last iteration once more in the log domain: it serves the points of zero weight as well.
+    i = not_before(i, error)
+    if not COST_IN_REGISTERS:
+        cost = load_tile(tile_ptr, i, j, n, BLOCK)
+    a = load_weights(a_ptr, start_a, i, n, has_a, COMPUTE)
+    b = load_weights(b_ptr, start_b, j, m, has_b, COMPUTE)
+    log_a_l2 = log2_weights(a)
+    log_b_l2 = log2_weights(b)
+    f = soft_min(g_last[None, :], cost, log_b_l2[None, :], reg, 1)
+    g = soft_min(f[:, None], cost, log_a_l2[:, None], reg, 0)
+    unweighted = (a == 0) & (i < n)
+    if tl.sum(unweighted.to(tl.int32), axis=0) > 0:
+        f = tl.where(unweighted, soft_min(g[None, :], cost, log_b_l2[None, :], reg, 1), f)
+
+    mass_a = tl.sum(a, axis=0)
+    mass_b = tl.sum(b, axis=0)
+    af = tl.sum(a * f, axis=0)
+    bg = tl.sum(b * g, axis=0)
+    # gauge: <a, f> = <b, g>
+    mass = mass_a + mass_b
+    shift = tl.where(mass > 0, (bg - af) / tl.where(mass > 0, mass, 1.0), 0.0)
+    # value = <a, f> + <b, g> - reg (sum b - sum a sum b)
+    value = (af + mass_a * shift) + (bg - mass_b * shift) - reg * (mass_b - mass_a * mass_b)
+    value = tl.where(lost > 0, float("inf"), value)
+    tl.store(f_ptr + start_a + i, f + shift, mask=i < n)
+    tl.store(g_ptr + start_b + j, g - shift, mask=j < m)
+    tl.store(value_ptr + item, value)
+    tl.store(error_ptr + item, error)
+    tl.store(iters_ptr + item, k)
+
+
+@triton.jit
+def load_tile(tile_ptr, i, j, n, BLOCK: tl.constexpr):
+    """The cost of an item from scratch, where rows beyond its length may never have been written."""
+    return tl.load(tile_ptr + i[:, None] * BLOCK + j[None, :], mask=(i < n)[:, None], other=float("inf"))
+
+
+@triton.jit
+def not_before(x, known):
+    """x itself, in a form that cannot be computed before `known`, which is never negative.
+
+    What is derived from a row index or a weight would otherwise be computed ahead of the loop and occupy registers in
+    it: addresses and masks of a tile as many as the tile.
+    """
+    return x + (known < 0).to(x.dtype)
+
+
+@triton.jit
+def soft_min(potential, cost, log_weight_l2, reg, AXIS: tl.constexpr):
+    """-reg log sum w exp((potential - C) / reg) along AXIS, 0 where every term is masked.
+
+    The difference is taken in the unit of the cost, where it loses least; at small reg both of its terms are large.
+    """
+    return minus_log2_sum((potential - cost) * (LOG2_E / reg) + log_weight_l2, AXIS) * LN_2 * reg
+
+
+@triton.jit
+def scaled_exp2(x):
+    """S 2^x for S = 2^60: added to a large negative exponent, where 2^x is flushed, and multiplied where it is not.
+
+    Added everywhere it would round exponents of about 1 to the accuracy of those of about 60.
+    """
+    low = x < -60.0
+    return tl.exp2(tl.where(low, x + 60.0, x)) * tl.where(low, 1.0, PLAN_SCALE)

@@ -1,0 +1,229 @@
+"""What is computed from the plan: gradients of points, costs, weights and reg, and products with matrices.
+
+The plan is never stored. A program owns a block of points of one side ("out"), forms the cost and the plan of one tile
+after another along the other side ("in") from the potentials, and adds the tile's share to its results; nobody else
+writes them, so no atomics are needed. The same kernel serves rows and columns with the two sides exchanged.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    COSINE,
+    DISTANCE,
+    EUCLIDEAN,
+    LOG2_E,
+    MATRIX,
+    RUNTIME_ONLY,
+    cost_tile,
+    item_base,
+    item_span,
+    load_points,
+    load_weights,
+    log2_weights,
+)
+
+
+@triton.jit
+def plan_tile(cost, h_out, h_in, w_out, w_in, reg):
+    """P_rc = w_r w_c exp((h_r + h_c - C_rc) / reg); weights join in the exponent, exp alone could overflow."""
+    exponent = (h_out[:, None] + h_in[None, :] - cost) * (LOG2_E / reg)
+    return tl.exp2(exponent + (log2_weights(w_out)[:, None] + log2_weights(w_in)[None, :]))
+
+
+@triton.jit(do_not_specialize=RUNTIME_ONLY)
+def plan_backward_kernel(
+    x_ptr, y_ptr, w_out_ptr, w_in_ptr, reg_ptr, h_out_ptr, h_in_ptr, dvalue_ptr, sizes_out_ptr, sizes_in_ptr,
+    dx_ptr, sum_ptr, dw_ptr, dreg_ptr,
+    stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d, stride_dx_b, stride_dx_n,
+    N_out, N_in, D, blocks, mode_out, mode_in, has_w_out, has_w_in, metric, need_x, need_w, need_reg,
+    BLOCK: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_PLAN: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the "out" side of one item with LOWER < max(n, m) <= UPPER, for one block of its points.
+
+    With d = dvalue and W the derivative of the tile's cost times d P, the gradient of a point is
+        dx_r = alpha_r (x_r - c) - beta_r sum_c W_rc (y_c - c):
+        sqeuclidean  W = 2 d P,           alpha_r = sum_c W_rc,   beta = 1,  c any point (a mean, against cancellation)
+        euclidean    W = d P / C,         alpha_r = sum_c W_rc,   beta = 1   (0 at coincident points)
+        dot          W = d P,             alpha = 0,              beta = 1,  c = 0
+        cosine       W_rc = d P_rc / |y_c|,  beta_r = 1 / |x_r|,  c = 0,
+                     alpha_r = beta_r^2 sum_c d P_rc (1 - C_rc), the projection onto the sphere
+    KIND MATRIX writes d P itself, to the strides (stride_dx_n, 1).
+    """
+    item = tl.program_id(0)
+    start_out, n_out = item_span(item, sizes_out_ptr, mode_out, N_out)
+    start_in, n_in = item_span(item, sizes_in_ptr, mode_in, N_in)
+    block = tl.program_id(1)
+    size = tl.maximum(n_out, n_in)
+    if (size <= LOWER) | (size > UPPER) | (block * BLOCK >= tl.maximum(n_out, 1)):
+        return
+    r = block * BLOCK + tl.arange(0, BLOCK)
+    reg = tl.load(reg_ptr + item)
+    d = tl.load(dvalue_ptr + item)
+    base_x = item_base(x_ptr, item, start_out, stride_x_b, stride_x_n, mode_out)
+    base_y = item_base(y_ptr, item, start_in, stride_y_b, stride_y_n, mode_in)
+    base_dx = item_base(dx_ptr, item, start_out, stride_dx_b, stride_dx_n, mode_out)
+    base_sum = item_base(sum_ptr, item, start_out, stride_dx_b, stride_dx_n, mode_out)
+    w_out = load_weights(w_out_ptr, start_out, r, n_out, has_w_out, COMPUTE)
+    h_out = tl.load(h_out_ptr + start_out + r, mask=r < n_out, other=0.0)
+    marginal = tl.zeros((BLOCK,), COMPUTE)
+    mass_in = tl.zeros((BLOCK,), COMPUTE)
+    entropy = tl.zeros((BLOCK,), COMPUTE)
+    for first in range(0, n_in, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        w_in = load_weights(w_in_ptr, start_in, c, n_in, has_w_in, COMPUTE)
+        h_in = tl.load(h_in_ptr + start_in + c, mask=c < n_in, other=0.0)
+        cost, inverse_x, inverse_y = cost_tile(
+            base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, r, c, n_out, n_in, D, metric,
+            BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+        )  # fmt: skip
+        plan = plan_tile(cost, h_out, h_in, w_out, w_in, reg)
+        marginal += tl.sum(plan, axis=1)
+        mass_in += w_in
+        if need_reg:
+            # sum P ((h_r + h_c - C) / reg - 1)
+            log_ratio = (h_out[:, None] + h_in[None, :] - cost) / reg
+            entropy += tl.sum(plan * tl.where(plan > 0, log_ratio - 1.0, 0.0), axis=1)
+        if need_x:
+            dplan = d * plan
+            if KIND == MATRIX:
+                offsets = r.to(tl.int64)[:, None] * stride_dx_n + c[None, :]
+                inside = (r < n_out)[:, None] & (c < n_in)[None, :]
+                tl.store(base_dx + offsets, dplan.to(dx_ptr.dtype.element_ty), mask=inside)
+            else:
+                alpha = tl.zeros((BLOCK,), COMPUTE)
+                beta = alpha + 1.0
+                if KIND == DISTANCE:
+                    weight = 2.0 * dplan
+                    if metric == EUCLIDEAN:
+                        weight = tl.where(cost > 0, dplan / tl.where(cost > 0, cost, 1.0), 0.0)
+                    alpha = tl.sum(weight, axis=1)
+                else:
+                    weight = dplan
+                    if metric == COSINE:
+                        weight = dplan * inverse_y[None, :]
+                        beta = inverse_x
+                        alpha = inverse_x * inverse_x * tl.sum(dplan * tl.where(plan > 0, 1.0 - cost, 0.0), axis=1)
+                add_points_gradient(
+                    weight, alpha, beta, base_x, base_y, base_dx, base_sum, stride_x_n, stride_x_d, stride_y_n,
+                    stride_y_d, stride_dx_n, r, c, n_out, n_in, D, first > 0, first + BLOCK >= n_in,
+                    BLOCK_D, KIND, COMPUTE, PRECISION_PLAN,
+                )  # fmt: skip
+        # another thread may hold this part of the sum when the next tile adds to it
+        tl.debug_barrier()
+    if need_w:
+        # dw = d (h + reg (sum of the other weights - marginal / w)), the ratio being 1 where w = 0
+        ratio = tl.where(w_out > 0, marginal / tl.where(w_out > 0, w_out, 1.0), 1.0)
+        dw = d * (h_out + reg * (tl.sum(mass_in, axis=0) - ratio))
+        tl.store(dw_ptr + start_out + r, tl.where(d == 0, 0.0, dw), mask=r < n_out)
+    if need_reg:
+        tl.store(dreg_ptr + item.to(tl.int64) * blocks + block, tl.sum(entropy, axis=0))
+
+
+@triton.jit
+def add_points_gradient(
+    weight, alpha, beta, x_ptr, y_ptr, dx_ptr, sum_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, stride_dx_n,
+    rows, cols, n, m, D, started, complete, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx (+)= alpha (x - c) - beta W (y - c), features in chunks.
+
+    The sum over several tiles is kept in the compute dtype in sum_ptr, and rounded to that of the points at the end.
+    """
+    col_count = tl.maximum(tl.sum((cols < m).to(tl.int32), axis=0), 1).to(COMPUTE)
+    for d0 in range(0, D, BLOCK_D):
+        x = load_points(x_ptr, rows, rows < n, stride_x_n, stride_x_d, d0, D, BLOCK_D).to(COMPUTE)
+        y = load_points(y_ptr, cols, cols < m, stride_y_n, stride_y_d, d0, D, BLOCK_D).to(COMPUTE)
+        if KIND == DISTANCE:
+            centre = tl.sum(y, axis=0) / col_count
+            x -= centre[None, :]
+            y -= centre[None, :]
+        product = tl.dot(weight, y, input_precision=PRECISION, out_dtype=COMPUTE)  # (rows, BLOCK_D)
+        dx = alpha[:, None] * x - beta[:, None] * product
+        d = d0 + tl.arange(0, BLOCK_D)
+        offsets = rows.to(tl.int64)[:, None] * stride_dx_n + d[None, :]
+        inside = (rows < n)[:, None] & (d < D)[None, :]
+        if started:
+            dx += tl.load(sum_ptr + offsets, mask=inside, other=0.0)
+        if complete:
+            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(sum_ptr + offsets, dx, mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ONLY)
+def reg_backward_kernel(
+    part_ptr, a_ptr, b_ptr, dvalue_ptr, sizes_a_ptr, sizes_b_ptr, dreg_ptr,
+    N, M, parts, mode_a, mode_b, has_a, has_b,
+    SMALL: tl.constexpr, MEDIUM: tl.constexpr, LARGE: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dreg = d (sum a sum b + sum of the item's parts); the class of the item tells how many parts it left."""
+    item = tl.program_id(0)
+    start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
+    start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
+    size = tl.maximum(n, m)
+    block = tl.where(size <= SMALL, SMALL, tl.where(size <= MEDIUM, MEDIUM, LARGE))
+    count = tl.cdiv(n, block)
+    index = tl.arange(0, BLOCK)
+    mass_a = tl.zeros((BLOCK,), COMPUTE)
+    mass_b = tl.zeros((BLOCK,), COMPUTE)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    for first in range(0, n, BLOCK):
+        mass_a += load_weights(a_ptr, start_a, first + index, n, has_a, COMPUTE)
+    for first in range(0, m, BLOCK):
+        mass_b += load_weights(b_ptr, start_b, first + index, m, has_b, COMPUTE)
+    for first in range(0, count, BLOCK):
+        part = part_ptr + item.to(tl.int64) * parts + first + index
+        total += tl.load(part, mask=first + index < count, other=0.0)
+    dreg = tl.sum(mass_a, axis=0) * tl.sum(mass_b, axis=0) + tl.sum(total, axis=0)
+    d = tl.load(dvalue_ptr + item)
+    tl.store(dreg_ptr + item, tl.where(d == 0, 0.0, d * dreg))
+
+
+@triton.jit(do_not_specialize=RUNTIME_ONLY)
+def plan_apply_kernel(
+    x_ptr, y_ptr, w_out_ptr, w_in_ptr, reg_ptr, h_out_ptr, h_in_ptr, v_ptr, sizes_out_ptr, sizes_in_ptr, out_ptr,
+    stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
+    stride_v_b, stride_v_n, stride_v_d, stride_out_b, stride_out_n,
+    N_out, N_in, D, K, mode_out, mode_in, has_w_out, has_w_in, metric, times_cost,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out_r = sum_c P_rc v_c, or sum_c P_rc C_rc v_c, for one block of the "out" side of an item."""
+    item = tl.program_id(0)
+    start_out, n_out = item_span(item, sizes_out_ptr, mode_out, N_out)
+    start_in, n_in = item_span(item, sizes_in_ptr, mode_in, N_in)
+    block = tl.program_id(1)
+    if block * BLOCK >= n_out:
+        return
+    r = block * BLOCK + tl.arange(0, BLOCK)
+    reg = tl.load(reg_ptr + item)
+    base_x = item_base(x_ptr, item, start_out, stride_x_b, stride_x_n, mode_out)
+    base_y = item_base(y_ptr, item, start_in, stride_y_b, stride_y_n, mode_in)
+    base_v = item_base(v_ptr, item, start_in, stride_v_b, stride_v_n, mode_in)
+    base_out = item_base(out_ptr, item, start_out, stride_out_b, stride_out_n, mode_out)
+    w_out = load_weights(w_out_ptr, start_out, r, n_out, has_w_out, COMPUTE)
+    h_out = tl.load(h_out_ptr + start_out + r, mask=r < n_out, other=0.0)
+    for first in range(0, n_in, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        w_in = load_weights(w_in_ptr, start_in, c, n_in, has_w_in, COMPUTE)
+        h_in = tl.load(h_in_ptr + start_in + c, mask=c < n_in, other=0.0)
+        cost, _, _ = cost_tile(
+            base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, r, c, n_out, n_in, D, metric,
+            BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+        )  # fmt: skip
+        matrix = plan_tile(cost, h_out, h_in, w_out, w_in, reg)
+        if times_cost:
+            matrix *= tl.where(matrix > 0, cost, 0.0)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            v = load_points(base_v, c, c < n_in, stride_v_n, stride_v_d, k0, K, BLOCK_K)
+            out = tl.dot(matrix, v, input_precision=PRECISION, out_dtype=COMPUTE)
+            offsets = r.to(tl.int64)[:, None] * stride_out_n + k[None, :]
+            inside = (r < n_out)[:, None] & (k < K)[None, :]
+            if first > 0:
+                out += tl.load(base_out + offsets, mask=inside, other=0.0)
+            tl.store(base_out + offsets, out, mask=inside)
+        # another thread may hold this part of the sum when the next tile adds to it
+        tl.debug_barrier()

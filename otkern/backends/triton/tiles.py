@@ -1,0 +1,167 @@
+"""What every kernel shares: the place of an item in its batch, its weights, and one tile of its cost."""
+
+import triton
+import triton.language as tl
+
+# How a cost tile is formed; the metric within a kind is a run-time flag, to keep the number of compiled kernels small.
+DISTANCE = tl.constexpr(0)  # |x - y|^2 or |x - y|, from centred points
+INNER = tl.constexpr(1)  # -<x, y> or 1 - cos(x, y)
+MATRIX = tl.constexpr(2)  # read from memory
+
+SQEUCLIDEAN = tl.constexpr(0)
+EUCLIDEAN = tl.constexpr(1)
+COSINE = tl.constexpr(2)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# |x|^2 + |y|^2 - 2<x, y> has an absolute error of about 2^-24 (|x|^2 + |y|^2); below this fraction of it too little of
+# the distance is left, and it is summed again from differences.
+CLOSE = tl.constexpr(0.125)
+# Marks a squared distance that has been summed again and is exactly zero.
+TINY = tl.constexpr(1e-37)
+
+
+# Integers on whose value no code is specialised: each would compile the same kernel several times. What remains are
+# strides, which decide how wide the loads are.
+RUNTIME_ONLY = (
+    *("first_item", "N", "M", "N_out", "N_in", "blocks", "parts", "K", "k", "max_iter", "tol", "metric", "times_cost"),
+    *("mode_a", "mode_b", "mode_out", "mode_in", "has_a", "has_b", "has_w_out", "has_w_in", "has_init"),
+    *("need_x", "need_w", "need_reg"),
+)
+
+
+@triton.jit
+def item_span(item, sizes_ptr, mode, size):
+    """Start of the item among the rows of its side, and its length. mode 0: all `size` rows, 1: lengths, 2: offsets."""
+    start = item.to(tl.int64) * size
+    length = item * 0 + size
+    if mode == 1:
+        length = tl.load(sizes_ptr + item)
+    if mode == 2:
+        first = tl.load(sizes_ptr + item)
+        length = tl.load(sizes_ptr + item + 1) - first
+        start = first.to(tl.int64)
+    # Lengths are not checked on a GPU by default: a wrong one must not reach another item's memory.
+    return start, tl.minimum(tl.maximum(length, 0), size)
+
+
+@triton.jit
+def item_base(x_ptr, item, start, stride_b, stride_n, mode):
+    """Address of the item's first row; a packed batch has no batch stride."""
+    base = x_ptr + item.to(tl.int64) * stride_b
+    if mode == 2:
+        base = x_ptr + start * stride_n
+    return base
+
+
+@triton.jit
+def load_weights(w_ptr, start, index, length, has_weights, COMPUTE: tl.constexpr):
+    """Weights of the rows `index` of an item, 0 beyond its length; uniform ones where none were given."""
+    inside = index < length
+    w = tl.where(inside, 1.0 / tl.maximum(length, 1).to(COMPUTE), 0.0).to(COMPUTE)
+    if has_weights:
+        w = tl.load(w_ptr + start + index, mask=inside, other=0.0)
+    return w
+
+
+@triton.jit
+def log2_weights(w):
+    """log2 of weights with log2(0) = -inf, without computing the logarithm of 0."""
+    return tl.where(w > 0, tl.log2(tl.where(w > 0, w, 1.0)), float("-inf"))
+
+
+@triton.jit
+def load_points(x_ptr, rows, row_inside, stride_n, stride_d, d0, D, BLOCK_D: tl.constexpr):
+    """Features d0 .. d0 + BLOCK_D of some rows, 0 outside.  # (rows, BLOCK_D)"""
+    d = d0 + tl.arange(0, BLOCK_D)
+    offsets = rows.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+    return tl.load(x_ptr + offsets, mask=row_inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def squared_distance_again(
+    d2, scale, x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D,
+    COLS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Squared distances of near pairs summed from differences, one pair of every row per pass.
+
+    Few rows have a near pair at all; in a cloud against itself each has one, its own copy, which comes out exactly 0.
+    A pair that is done is kept negative, so that no second tile is needed to tell.
+    """
+    j = tl.arange(0, COLS)
+    inside = (rows < n)[:, None] & (cols < m)[None, :]
+    near = tl.min(tl.where(inside & (d2 >= 0) & (d2 < CLOSE * scale), j[None, :], COLS), axis=1)
+    first_col = tl.min(cols, axis=0)
+    while tl.min(near, axis=0) < COLS:
+        chosen = near < COLS
+        total = tl.zeros_like(near).to(COMPUTE)
+        for d0 in range(0, D, BLOCK_D):
+            x = load_points(x_ptr, rows, chosen, stride_x_n, stride_x_d, d0, D, BLOCK_D).to(COMPUTE)
+            y = load_points(y_ptr, first_col + near, chosen, stride_y_n, stride_y_d, d0, D, BLOCK_D).to(COMPUTE)
+            total += tl.sum((x - y) * (x - y), axis=1)
+        d2 = tl.where(j[None, :] == near[:, None], -tl.maximum(total, TINY)[:, None], d2)
+        near = tl.min(tl.where(inside & (d2 >= 0) & (d2 < CLOSE * scale), j[None, :], COLS), axis=1)
+    return tl.where(d2 < 0, tl.where(d2 == -TINY, 0.0, -d2), d2)
+
+
+@triton.jit
+def cost_tile(
+    x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, metric,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Cost of the rows against the columns, +inf outside the item, and 1/|x|, 1/|y| (0 for a zero vector).
+
+    KIND MATRIX reads x_ptr with the strides (stride_x_n, stride_x_d); the reciprocal norms are then meaningless.
+    16-bit points are multiplied as they are, which is exact, unless WIDEN: the interpreter has no bfloat16 product.
+    """
+    inside = (rows < n)[:, None] & (cols < m)[None, :]
+    xx = tl.zeros((ROWS,), COMPUTE)
+    yy = tl.zeros((COLS,), COMPUTE)
+    if KIND == MATRIX:
+        offsets = rows.to(tl.int64)[:, None] * stride_x_n + cols.to(tl.int64)[None, :] * stride_x_d
+        cost = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(COMPUTE)
+    else:
+        xy = tl.zeros((ROWS, COLS), COMPUTE)
+        col_count = tl.maximum(tl.sum((cols < m).to(tl.int32), axis=0), 1).to(COMPUTE)
+        for d0 in range(0, D, BLOCK_D):
+            x = load_points(x_ptr, rows, rows < n, stride_x_n, stride_x_d, d0, D, BLOCK_D)
+            y = load_points(y_ptr, cols, cols < m, stride_y_n, stride_y_d, d0, D, BLOCK_D)
+            if (KIND == DISTANCE) | WIDEN:
+                x = x.to(COMPUTE)
+                y = y.to(COMPUTE)
+            if KIND == DISTANCE:
+                # Distances do not change when both clouds are shifted; the subtraction must not round to 16 bits.
+                centre = tl.sum(y, axis=0) / col_count
+                x -= centre[None, :]
+                y -= centre[None, :]
+            xy = tl.dot(x, tl.trans(y), xy, input_precision=PRECISION, out_dtype=COMPUTE)
+            xx += tl.sum(x.to(COMPUTE) * x.to(COMPUTE), axis=1)
+            yy += tl.sum(y.to(COMPUTE) * y.to(COMPUTE), axis=1)
+        if KIND == DISTANCE:
+            # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>  # (ROWS, COLS)
+            scale = xx[:, None] + yy[None, :]
+            cost = squared_distance_again(
+                tl.maximum(scale - 2 * xy, 0.0), scale, x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d,
+                rows, cols, n, m, D, COLS, BLOCK_D, COMPUTE,
+            )  # fmt: skip
+            if metric == EUCLIDEAN:
+                cost = tl.sqrt(cost)
+        else:
+            xx = tl.where(xx > 0, 1.0 / tl.sqrt(tl.where(xx > 0, xx, 1.0)), 0.0)
+            yy = tl.where(yy > 0, 1.0 / tl.sqrt(tl.where(yy > 0, yy, 1.0)), 0.0)
+            cost = -xy
+            if metric == COSINE:
+                # normalised after the product: x and y stay in their own dtype for the matrix units
+                cost = 1.0 - xy * xx[:, None] * yy[None, :]
+    return tl.where(inside, cost, float("inf")), xx, yy
+
+
+@triton.jit
+def minus_log2_sum(x, AXIS: tl.constexpr):
+    """-log2 sum 2^x along AXIS, 0 where every term is masked (x = -inf)."""
+    top = tl.max(x, axis=AXIS)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(x - tl.expand_dims(top, AXIS)), axis=AXIS)
+    return tl.where(total > 0, -(top + tl.log2(tl.where(total > 0, total, 1.0))), 0.0)
