@@ -1,0 +1,74 @@
+"""What every test shares: the backends to run over, determinism, and the count of cases that ran on each backend."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Read when a kernel is decorated, so set before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from otkern import backends, result
+
+# Every uninitialised tensor is then filled with NaN: reading one shows. On a GPU cuBLAS asks for the variable.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+torch.use_deterministic_algorithms(True)
+
+# Timings decide nothing, and a run must not depend on what an earlier one left behind.
+hypothesis.settings.register_profile("otkern", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("otkern")
+
+BACKENDS = ("reference", "cpu", "triton")
+CASES_FILE = Path(__file__).parent.parent / ".cache" / "backend_cases.json"
+
+_cases = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings():
+    """Not converging warns once per call site, and a parametrised test is one call site."""
+    result._warned_at.clear()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    """The name of each backend that can run here, one after the other."""
+    name = request.param
+    if (reason := backends.unavailable(name, device_of(name))) is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    request.node.user_properties.append(("backend", name))
+    return name
+
+
+@pytest.fixture
+def device(backend) -> str:
+    """Where this backend's tensors live: a GPU for Triton where there is one, else the CPU."""
+    return device_of(backend)
+
+
+@pytest.fixture
+def interpreted(backend) -> bool:
+    """Whether each launch runs in Triton's interpreter, thousands of times slower than the kernel."""
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def pytest_runtest_logreport(report):
+    # The controller of a parallel run sees the reports of all its workers, and user_properties travel with them.
+    if report.when == "call" and report.outcome != "skipped":
+        _cases.update(value for name, value in report.user_properties if name == "backend")
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput") or session.config.option.collectonly:
+        return
+    CASES_FILE.parent.mkdir(exist_ok=True)
+    CASES_FILE.write_text(json.dumps({name: _cases[name] for name in BACKENDS}, indent=2) + "\n")
