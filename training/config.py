@@ -1,0 +1,183 @@
+"""The configuration of an alignment run: defaults, YAML files, dotted overrides, and checks of every name and value."""
+
+import copy
+from pathlib import Path
+
+import yaml
+
+from training.data import resolve_path
+from training.encoder import UNITS, WORD_VECTORS
+
+# One stage of the curriculum. Lists of stages in a file are completed with these values.
+STAGE = {
+    "name": "stage",
+    "epochs": 1.0,
+    "learning_rate": 5e-5,
+    "warmup": 0.1,
+    # Where the points come from. Layers are numbered from 0, the embedding layer; negative ones count from the end.
+    "layers": [-1],
+    "plan_layer": None,
+    "unit": "word",
+    "word_vector": "last",
+    "special_tokens": "drop",
+    "scope": "sentence",
+    "center": False,
+    # The transport problem.
+    "metric": "cosine",
+    "reg": 0.05,
+    "max_iter": 20,
+    "tol": None,
+    "relaxation": "balanced",
+    "debias": True,
+    "position_prior": [0.0, 0.0],
+    # The weights of the loss's parts.
+    "ot_weight": 1.0,
+    "target_gradient": "live",
+    "contrast": {"weight": 0.0, "temperature": 0.1},
+    "sentence_contrast": {"weight": 0.0, "temperature": 0.05, "layer": -1},
+    "spread": 0.0,
+    "regulariser": 1.0,
+    "reg_reduction": "token_mean",
+    # Regular expressions of parameter names; None: all parameters are tuned.
+    "trainable": None,
+}
+
+DEFAULTS = {
+    "model": None,
+    "languages": ["de", "fr", "es", "el", "bg"],
+    "seed": 1,
+    "threads": None,
+    "device": "auto",
+    "precision": "auto",
+    "train": {
+        "source": None,
+        "name": None,
+        "split": "train",
+        "columns": None,
+        "limit": None,
+        "max_words": 64,
+        "max_length": 96,
+    },
+    # Pairs of the training source kept back to choose layers on, a language.
+    "dev_pairs": 0,
+    "batch_pairs": 32,
+    "dropout": 0.0,
+    "max_grad_norm": 1.0,
+    "adam_betas": [0.9, 0.98],
+    "logging_steps": 10,
+    "save_steps": 200,
+    "stages": [],
+    "evaluation": {
+        # {name: {language: file}} or {name: pattern with {lang}}.
+        "alignment": {},
+        "dev_alignment": {},
+        "retrieval": {},
+        "methods": ["ot", "mutual", "itermax", "softmax"],
+        # A number, or `auto`: the best on the development sets after tuning.
+        "alignment_layer": "auto",
+        "retrieval_layer": "auto",
+        "alignment_settings": {},
+        "retrieval_settings": {},
+        "heat_maps": 2,
+    },
+}
+
+CHOICES = {
+    "unit": UNITS,
+    "word_vector": WORD_VECTORS,
+    "special_tokens": ("drop", "keep"),
+    "scope": ("sentence", "batch"),
+    "metric": ("cosine", "dot", "sqeuclidean", "euclidean"),
+    "target_gradient": ("live", "detach"),
+    "reg_reduction": ("token_mean", "sum", "element_mean"),
+}
+OPEN = ("alignment", "dev_alignment", "retrieval", "alignment_settings", "retrieval_settings")
+
+
+def load_config(path: str | None, overrides: list[str] = ()) -> dict:
+    """Read a configuration file, complete it and apply overrides.
+
+    Args:
+        path: YAML file; None: the defaults alone.
+        overrides: `key.subkey=value` items, values in YAML; a number indexes a list, `stages.0.reg=0.1`.
+
+    Returns:
+        A complete, checked configuration of plain dicts and lists.
+
+    Raises:
+        ValueError: an unknown key, a value that is not among the choices, or a missing one.
+        NotImplementedError: a relaxation that this release does not have.
+    """
+    given = yaml.safe_load(Path(resolve_path(path)).read_text(encoding="utf-8")) if path else {}
+    config = merge(DEFAULTS, given or {}, "")
+    config["stages"] = [merge(STAGE, stage, f"stages.{s}.") for s, stage in enumerate(config["stages"])]
+    for item in overrides:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"an override must be key=value, but was {item!r}")
+        _assign(config, name.lstrip("-").split("."), yaml.safe_load(value), name)
+    check(config)
+    return config
+
+
+def merge(defaults: dict, given: dict, prefix: str) -> dict:
+    """Return `defaults` with the values of `given`, at every depth; `prefix` names the place in messages."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'config'} must be a mapping, but was {given!r}")
+    result = copy.deepcopy(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(f"{prefix}{key} is no configuration key; known here: {', '.join(defaults)}")
+        if isinstance(defaults[key], dict) and key not in OPEN:
+            value = merge(defaults[key], value, f"{prefix}{key}.")
+        result[key] = value
+    return result
+
+
+def _assign(config: dict | list, path: list[str], value, name: str) -> None:
+    """Set one value deep in the configuration; the place must exist, except in the open mappings."""
+    place, parents = config, []
+    for key in path[:-1]:
+        place = place[_existing(place, key, name)]
+        parents.append(key)
+    last = path[-1]
+    if not (isinstance(place, dict) and parents and parents[-1] in OPEN):
+        last = _existing(place, last, name)
+    place[last] = value
+
+
+def _existing(place, key: str, name: str):
+    """Return `key` as an index of `place`, a list or a mapping that has it."""
+    if isinstance(place, list) and key.lstrip("-").isdigit() and -len(place) <= int(key) < len(place):
+        return int(key)
+    if isinstance(place, dict) and key in place:
+        return key
+    known = (
+        list(place) if isinstance(place, dict) else f"0 to {len(place) - 1}" if isinstance(place, list) else "nothing"
+    )
+    raise ValueError(f"override {name} names no configuration key: {key!r} is not among {known}")
+
+
+def check(config: dict) -> None:
+    """Raise ValueError or NotImplementedError for values that no run could use; see `load_config`."""
+    for key in ("model", "stages", "languages"):
+        if not config[key]:
+            raise ValueError(f"{key} must be given, but was {config[key]!r}")
+    if not config["train"]["source"]:
+        raise ValueError("train.source must name a file or data set, but was empty")
+    for s, stage in enumerate(config["stages"]):
+        for key, choices in CHOICES.items():
+            if stage[key] not in choices:
+                raise ValueError(f"stages.{s}.{key} must be one of {choices}, but was {stage[key]!r}")
+        if stage["relaxation"] in ("unbalanced", "partial", "null"):
+            raise NotImplementedError(
+                f"stages.{s}.relaxation {stage['relaxation']!r} comes with a later release of otkern; use 'balanced'"
+            )
+        if stage["relaxation"] != "balanced":
+            raise ValueError(f"stages.{s}.relaxation must be 'balanced', but was {stage['relaxation']!r}")
+        if stage["scope"] == "batch" and any(stage["position_prior"]):
+            raise ValueError(
+                f"stages.{s}.position_prior must be [0, 0] with scope 'batch', where positions mean nothing"
+            )
+        if not stage["epochs"] > 0 or not stage["reg"] > 0:
+            raise ValueError(f"stages.{s}.epochs and reg must be positive, but were {stage['epochs']}, {stage['reg']}")
