@@ -183,9 +183,14 @@ def strided(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("metric", METRICS)
-def test_strides_of_points_do_not_matter(backend, device, metric, dtype):
-    problems = make_batch([(17, 9)] * 2, d=5, metric=metric)
+@pytest.mark.parametrize("d", [5, 64])
+def test_strides_of_points_do_not_matter(backend, device, metric, dtype, d):
+    """Whole vectors are read where they are, others from copies, as are directions of extreme length."""
+    problems = make_batch([(17, 9)] * 2, d=d, metric=metric)
     x, y, a, b = (torch.stack([p.to(dtype)[i] for p in problems]).to(device) for i in range(4))
+    if metric == "cosine":
+        x[:, 1] *= 1e12
+        y[:, 2] *= 1e-12
     options = {"metric": metric, "reg": 0.3, "max_iter": 5, "backend": backend}
 
     def solve(x, y):

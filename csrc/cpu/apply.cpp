@@ -22,11 +22,13 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
     const int64_t panel = panel_size(item, team);
     PlanInputs<T> in;
     T *cost = nullptr, *plan = nullptr, *values = nullptr, *sums = nullptr;
+    const T **value_rows = nullptr;
     const auto carve = [&](Carver &carver) {
         in.carve(carver, item);
         carver.take(cost, panel * item.cols);
         carver.take(plan, panel * item.cols);
         carver.take(values, terms * stride);
+        carver.take(value_rows, terms);
         carver.take(sums, round_up(call.transpose ? item.m : panel, kGroup) * stride);
     };
     Carver carver;
@@ -45,6 +47,7 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
     for (int64_t j = begin; j < end; ++j) {
         read_row(v + j * channels, 1, channels, values + j * stride);
         for (int64_t k = channels; k < stride; ++k) values[j * stride + k] = 0;
+        value_rows[j] = values + j * stride;
     }
     team.barrier();
     const auto write = [&](const T *row, int64_t i) {
@@ -69,8 +72,8 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
         }
         if (!call.transpose) {
             if (begin < end)
-                weighted_sums<T, false>(plan + begin * item.cols, item.cols, 1, nullptr, end - begin, values, item.m,
-                                        stride, length, false, sums + begin * stride);
+                weighted_sums<T, false>(plan + begin * item.cols, item.cols, 1, nullptr, end - begin, value_rows,
+                                        item.m, length, false, sums + begin * stride, stride);
             for (int64_t i = begin; i < minimum(end, count); ++i) write(sums + i * stride, first + i);
             continue;
         }
@@ -78,8 +81,8 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
         team.split(round_up(item.m, kGroup) / kGroup, begin, end);
         if (begin < end)
             weighted_sums<T, false>(plan + begin * kGroup, 1, item.cols, nullptr, (end - begin) * kGroup,
-                                    values + first * stride, count, stride, length, first > 0,
-                                    sums + begin * kGroup * stride);
+                                    value_rows + first, count, length, first > 0, sums + begin * kGroup * stride,
+                                    stride);
         team.barrier();
     }
     if (!call.transpose) return;
@@ -88,7 +91,7 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
 
 }  // namespace
 
-void apply(ApplyCall &call, int64_t item, int64_t, Team &team) {
+void apply(ApplyCall &call, int64_t item, Team &team) {
     if (call.problem.dtype == Dtype::f64)
         apply_item<double>(call, item, team);
     else

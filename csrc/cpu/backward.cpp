@@ -8,6 +8,9 @@ namespace otkern {
 namespace OTKERN_LEVEL {
 namespace {
 
+// Rows of a gradient that are computed together and written before they leave L1.
+constexpr int64_t kTileRows = 8;
+
 template <class T>
 struct Backward {
     BackwardCall &call;
@@ -15,11 +18,12 @@ struct Backward {
     Team &team;
     PlanInputs<T> in;
     int64_t panel;
-    bool past_caches;   // the gradients of the whole batch are more than the caches hold
-    T *plan, *weights;  // panel x cols; `weights` is dC / dx in the euclidean metric, else the plan itself
-    T *sums_x = nullptr, *sums_y = nullptr;  // panel x stride, cloud rows of y x stride
-    T *row_ratio, *row_entropy;              // rows
-    T *column_sums;                          // cols
+    bool past_caches;     // the gradients of the whole batch are more than the caches hold
+    T *plan, *weights;    // panel x cols; the weights of the points' products, or the plan itself where that is them
+    T *tile_sums;         // kTileRows x stride for each thread
+    T *sums_y = nullptr;  // cloud rows of y x stride; only where several panels add to them
+    T *row_ratio, *row_entropy;  // rows
+    T *column_sums;              // cols
 
     Backward(BackwardCall &call_, const Item<T> &item_, Team &team_)
         : call(call_), item(item_), team(team_), panel(panel_size(item_, team_)) {
@@ -28,7 +32,9 @@ struct Backward {
         past_caches = kCanStream && points * p.features * int64_t(sizeof(T)) >= (int64_t(8) << 20);
     }
 
-    bool separate_weights() const { return item.problem.metric == Metric::euclidean; }
+    bool separate_weights() const {
+        return item.problem.metric == Metric::euclidean || (item.has_directions() && call.db);
+    }
     bool differences() const {
         return item.problem.metric == Metric::euclidean || item.problem.metric == Metric::sqeuclidean;
     }
@@ -41,15 +47,18 @@ struct Backward {
         carver.take(plan, panel * item.cols);
         weights = plan;
         if (separate_weights()) carver.take(weights, panel * item.cols);
-        if (call.dx_a) carver.take(sums_x, panel * item.stride);
-        if (call.dx_b) carver.take(sums_y, item.cloud_rows(item.m) * item.stride);
+        carver.take(tile_sums, team.size * kTileRows * item.stride);
+        if (call.dx_b && panel < item.n) carver.take(sums_y, item.cloud_rows(item.m) * item.stride);
     }
 
     void run(T dvalue);
     void plan_rows(int64_t first, int64_t begin, int64_t end);
     void row_products(int64_t first, int64_t begin, int64_t end, T dvalue);
-    void column_products(int64_t first, int64_t count, int64_t begin, int64_t end);
-    void write_point(const T *sums, const T *point, T inverse_norm, T dvalue, void *out, int64_t row);
+    void column_products(int64_t first, int64_t count, int64_t begin, int64_t end, T dvalue);
+    void products(const T *w, int64_t w_row, int64_t w_term, const T *const *points, int64_t rows, const T *const *z,
+                  int64_t count, bool add, T *sums);
+    T *own_sums() const { return tile_sums + team.rank * kTileRows * item.stride; }
+    void write_point(const T *sums, const Cloud<T> &cloud, int64_t index, T dvalue, void *out, int64_t row);
     void write_weights(T dvalue);
 };
 
@@ -66,11 +75,17 @@ void Backward<T>::plan_rows(int64_t first, int64_t begin, int64_t end) {
         const RowSums sums = plan_row(item, in, first + i, call.dreg != nullptr, c, p);
         row_ratio[first + i] = T(sums.ratio);
         row_entropy[first + i] = T(sums.entropy);
-        if (!separate_weights()) continue;
-        // d|x - y| / dx = (x - y) / |x - y|, and 0 where the points coincide.
-        for (int64_t j = 0; j < item.cols; j += width) {
-            const Vec<T> distance = load(c + j);
-            store(c + j, select<T>(distance > 0, load(p + j) / distance, Vec<T>{}));
+        if (item.has_directions()) {
+            // Products are formed with the points as they are: W_ij = P_ij / (|x_i| |y_j|).
+            const T inverse = first + i < item.n ? in.clouds.x.inverse_norm[first + i] : T(0);
+            for (int64_t j = 0; j < item.cols; j += width)
+                store(c + j, load(p + j) * (inverse * load(in.clouds.y.inverse_norm + j)));
+        } else if (separate_weights()) {
+            // d|x - y| / dx = (x - y) / |x - y|, and 0 where the points coincide.
+            for (int64_t j = 0; j < item.cols; j += width) {
+                const Vec<T> distance = load(c + j);
+                store(c + j, select<T>(distance > 0, load(p + j) / distance, Vec<T>{}));
+            }
         }
     }
 }
@@ -79,23 +94,17 @@ void Backward<T>::plan_rows(int64_t first, int64_t begin, int64_t end) {
 template <class T>
 void Backward<T>::row_products(int64_t first, int64_t begin, int64_t end, T dvalue) {
     const Problem &p = item.problem;
-    if (begin >= end) return;
-    const int64_t stop = minimum(end, item.n - first);
-    if (call.dx_a) {
-        const T *w = weights + begin * item.cols, *x = in.clouds.x + (first + begin) * item.stride;
-        T *out = sums_x + begin * item.stride;
-        if (differences())
-            weighted_sums<T, true>(w, item.cols, 1, x, end - begin, in.clouds.y, item.m, item.stride, item.length,
-                                   false, out);
-        else
-            weighted_sums<T, false>(w, item.cols, 1, x, end - begin, in.clouds.y, item.m, item.stride, item.length,
-                                    false, out);
-        for (int64_t i = begin; i < stop; ++i)
-            write_point(sums_x + i * item.stride, in.clouds.x + (first + i) * item.stride,
-                        in.clouds.inverse_norm_x[first + i], dvalue, call.dx_a, item.first_a + first + i);
-    }
+    if (call.dx_a)
+        for (int64_t i = begin; i < end; i += kTileRows) {
+            const int64_t stop = minimum(i + kTileRows, end), last = minimum(first + stop, item.n);
+            products(weights + i * item.cols, item.cols, 1, in.clouds.x.rows + first + i, stop - i, in.clouds.y.rows,
+                     item.m, false, own_sums());
+            for (int64_t row = first + i; row < last; ++row)
+                write_point(own_sums() + (row - first - i) * item.stride, in.clouds.x, row, dvalue, call.dx_a,
+                            item.first_a + row);
+        }
     if (!call.dcost) return;
-    for (int64_t i = begin; i < stop; ++i) {
+    for (int64_t i = begin; i < minimum(end, item.n - first); ++i) {
         T *row = plan + i * item.cols;
         for (int64_t j = 0; j < item.m; ++j) row[j] *= dvalue;
         const int64_t out = (item.index * p.max_a + first + i) * p.max_b;
@@ -103,36 +112,47 @@ void Backward<T>::row_products(int64_t first, int64_t begin, int64_t end, T dval
     }
 }
 
-// Columns [begin, end) take in the panel's `count` rows.
+// Columns [begin, end) take in the panel's `count` rows; after the last panel they are complete.
 template <class T>
-void Backward<T>::column_products(int64_t first, int64_t count, int64_t begin, int64_t end) {
-    if (begin >= end) return;
-    if (call.dx_b) {
-        const T *w = weights + begin, *x = in.clouds.x + first * item.stride;
-        const T *y = in.clouds.y + begin * item.stride;
-        T *out = sums_y + begin * item.stride;
-        if (differences())
-            weighted_sums<T, true>(w, 1, item.cols, y, end - begin, x, count, item.stride, item.length, first > 0, out);
-        else
-            weighted_sums<T, false>(w, 1, item.cols, y, end - begin, x, count, item.stride, item.length, first > 0,
-                                    out);
-    }
+void Backward<T>::column_products(int64_t first, int64_t count, int64_t begin, int64_t end, T dvalue) {
+    if (call.dx_b)
+        for (int64_t j = begin; j < end; j += kTileRows) {
+            const int64_t stop = minimum(j + kTileRows, end), last = minimum(stop, item.m);
+            T *sums = sums_y ? sums_y + j * item.stride : own_sums();
+            products(weights + j, 1, item.cols, in.clouds.y.rows + j, stop - j, in.clouds.x.rows + first, count,
+                     first > 0, sums);
+            if (first + count < item.n) continue;
+            for (int64_t row = j; row < last; ++row)
+                write_point(sums + (row - j) * item.stride, in.clouds.y, row, dvalue, call.dx_b, item.first_b + row);
+        }
     if (!call.db) return;
     for (int64_t i = 0; i < count; ++i)
         for (int64_t j = begin; j < end; ++j)
             column_sums[j] = (first + i > 0 ? column_sums[j] : T(0)) + plan[i * item.cols + j];
 }
 
-// One gradient row, from s_i = sum_j P_ij y_j, or sum_j P_ij (x_i - y_j) with the metric's weights.
-//   dot: -s   cosine: -(s - x <x, s>) / |x| with unit x   sqeuclidean: 2 s   euclidean: s
+// sums_i (+)= sum_j w_ij z_j, or sum_j w_ij (point_i - z_j) where the metric is one of differences.
 template <class T>
-void Backward<T>::write_point(const T *sums, const T *point, T inverse_norm, T dvalue, void *out, int64_t row) {
+void Backward<T>::products(const T *w, int64_t w_row, int64_t w_term, const T *const *points, int64_t rows,
+                           const T *const *z, int64_t count, bool add, T *sums) {
+    if (differences())
+        weighted_sums<T, true>(w, w_row, w_term, points, rows, z, count, item.length, add, sums, item.stride);
+    else
+        weighted_sums<T, false>(w, w_row, w_term, points, rows, z, count, item.length, add, sums, item.stride);
+}
+
+// One gradient row, from s_i = sum_j W_ij y_j, or sum_j W_ij (x_i - y_j) where the metric is one of differences.
+//   dot: -s   cosine: -(s - x <x, s> / |x|^2), times the power of two of a scaled row   sqeuclidean: 2 s   euclidean: s
+template <class T>
+void Backward<T>::write_point(const T *sums, const Cloud<T> &cloud, int64_t index, T dvalue, void *out, int64_t row) {
     constexpr int width = Simd<T>::width;
     const Problem &p = item.problem;
+    const T *point = cloud.rows[index];
     T along = 0, scale = dvalue;
     if (p.metric == Metric::cosine) {
-        along = dot_rows(point, sums, item.length);
-        scale = -dvalue * inverse_norm;
+        const T inverse = cloud.inverse_norm[index];
+        along = dot_rows(point, sums, item.length) * inverse * inverse;
+        scale = -dvalue * cloud.scale[index];
     } else if (p.metric == Metric::dot) {
         scale = -dvalue;
     } else if (p.metric == Metric::sqeuclidean) {
@@ -190,20 +210,14 @@ void Backward<T>::run(T dvalue) {
         team.split(used / kGroup, begin, end);
         plan_rows(first, begin * kGroup, end * kGroup);
         team.barrier();
-        // Columns before rows: the rows of dcost are scaled in place. Tiles are eight rows high.
-        team.split((item.cols + 7) / 8, begin, end);
+        // Columns before rows: the rows of dcost are scaled in place.
+        team.split((item.cols + kTileRows - 1) / kTileRows, begin, end);
         const int64_t columns = item.cloud_rows(item.m);
-        column_products(first, count, minimum(begin * 8, columns), minimum(end * 8, columns));
+        column_products(first, count, minimum(begin * kTileRows, columns), minimum(end * kTileRows, columns), dvalue);
         if (call.dcost) team.barrier();
-        team.split((used + 7) / 8, begin, end);
-        row_products(first, minimum(begin * 8, used), minimum(end * 8, used), dvalue);
+        team.split((used + kTileRows - 1) / kTileRows, begin, end);
+        row_products(first, minimum(begin * kTileRows, used), minimum(end * kTileRows, used), dvalue);
         team.barrier();
-    }
-    if (call.dx_b) {
-        team.split(item.m, begin, end);
-        for (int64_t j = begin; j < end; ++j)
-            write_point(sums_y + j * item.stride, in.clouds.y + j * item.stride, in.clouds.inverse_norm_y[j], dvalue,
-                        call.dx_b, item.first_b + j);
     }
     if (team.rank == 0) write_weights(dvalue);
     fence();
@@ -234,14 +248,13 @@ void clear(const BackwardCall &call, const Item<T> &item, bool everything) {
 }
 
 template <class T>
-void backward_item(BackwardCall &call, int64_t index, int64_t next, Team &team) {
+void backward_item(BackwardCall &call, int64_t index, Team &team) {
     const Item<T> item(call.problem, index);
     const T dvalue = static_cast<const T *>(call.dvalue)[index];
     const bool nothing = item.n == 0 || item.m == 0 || dvalue == 0;
     if (team.rank == 0) clear(call, item, nothing);
     if (nothing) return;
     Backward<T> backward(call, item, team);
-    backward.in.clouds.look_ahead(call.problem, next);
     Carver carver;
     backward.carve(carver);
     carver.memory = static_cast<char *>(team.scratch(carver.used));
@@ -256,11 +269,11 @@ void backward_item(BackwardCall &call, int64_t index, int64_t next, Team &team) 
 
 }  // namespace
 
-void backward(BackwardCall &call, int64_t item, int64_t next, Team &team) {
+void backward(BackwardCall &call, int64_t item, Team &team) {
     if (call.problem.dtype == Dtype::f64)
-        backward_item<double>(call, item, next, team);
+        backward_item<double>(call, item, team);
     else
-        backward_item<float>(call, item, next, team);
+        backward_item<float>(call, item, team);
 }
 
 }  // namespace OTKERN_LEVEL

@@ -68,10 +68,9 @@ class Team;
 
 struct Kernels {
     const char *name;
-    // `next` is the item this thread takes after `item`, or -1: its points can be fetched ahead.
-    void (*forward)(ForwardCall &, int64_t item, int64_t next, Team &);
-    void (*backward)(BackwardCall &, int64_t item, int64_t next, Team &);
-    void (*apply)(ApplyCall &, int64_t item, int64_t next, Team &);
+    void (*forward)(ForwardCall &, int64_t item, Team &);
+    void (*backward)(BackwardCall &, int64_t item, Team &);
+    void (*apply)(ApplyCall &, int64_t item, Team &);
 };
 
 // Names of the levels this binary carries and this machine can run, best first; NULL-terminated.

@@ -9,9 +9,9 @@ namespace otkern {
 
 #define OTKERN_DECLARE(level)                                    \
     namespace level {                                            \
-    void forward(ForwardCall &, int64_t, int64_t, Team &);       \
-    void backward(BackwardCall &, int64_t, int64_t, Team &);     \
-    void apply(ApplyCall &, int64_t, int64_t, Team &);           \
+    void forward(ForwardCall &, int64_t, Team &);                \
+    void backward(BackwardCall &, int64_t, Team &);              \
+    void apply(ApplyCall &, int64_t, Team &);                    \
     constexpr Kernels kernels{#level, forward, backward, apply}; \
     }
 
@@ -72,15 +72,15 @@ std::vector<double> work_of(const Problem &p, double products, double passes) {
 }
 
 template <class Call>
-using ItemKernel = void (*)(Call &, int64_t, int64_t, Team &);
+using ItemKernel = void (*)(Call &, int64_t, Team &);
 
 template <class Call>
 struct Bound {
     Call &call;
     ItemKernel<Call> kernel;
-    static void run(void *self, int64_t item, int64_t next, Team &team) {
+    static void run(void *self, int64_t item, Team &team) {
         const Bound *bound = static_cast<Bound *>(self);
-        bound->kernel(bound->call, item, next, team);
+        bound->kernel(bound->call, item, team);
     }
 };
 

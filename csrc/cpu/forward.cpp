@@ -78,13 +78,13 @@ void report(ForwardCall &call, int64_t item, int found) {
 }
 
 template <class T>
-void forward_item(ForwardCall &call, int64_t index, int64_t next, Team &team) {
+void forward_item(ForwardCall &call, int64_t index, Team &team) {
     const Item<T> item(call.problem, index);
     if (item.n == 0 || item.m == 0) {
         if (team.rank == 0) write_empty(call, item);
         return;
     }
-    Sinkhorn<T> solver(item, team, next, call.store_bytes);
+    Sinkhorn<T> solver(item, team, call.store_bytes);
     Carver carver;
     solver.carve(carver);
     carver.memory = static_cast<char *>(team.scratch(carver.used));
@@ -102,11 +102,11 @@ void forward_item(ForwardCall &call, int64_t index, int64_t next, Team &team) {
 
 }  // namespace
 
-void forward(ForwardCall &call, int64_t item, int64_t next, Team &team) {
+void forward(ForwardCall &call, int64_t item, Team &team) {
     if (call.problem.dtype == Dtype::f64)
-        forward_item<double>(call, item, next, team);
+        forward_item<double>(call, item, team);
     else
-        forward_item<float>(call, item, next, team);
+        forward_item<float>(call, item, team);
 }
 
 }  // namespace OTKERN_LEVEL

@@ -29,7 +29,7 @@ struct Item {
     int64_t room_a, room_b;      // rows the item has there: N, M when padded, n, m when packed
     int64_t offset_a, offset_b;  // of the item's first point, in elements
     int64_t rows, cols;          // n in whole groups, m in whole vectors and groups
-    int64_t stride, length;      // of a point in scratch: with and without the extra line
+    int64_t stride, length;      // of a point copied to scratch: with and without the extra line
     T reg, inverse_reg;
 
     Item(const Problem &p, int64_t index_) : problem(p), index(index_) {
@@ -61,7 +61,7 @@ struct Item {
 
     bool has_points() const { return problem.metric != Metric::cost; }
     bool has_directions() const { return problem.metric == Metric::cosine; }
-    // In scratch, clouds come in groups of rows; columns of the cost come in whole vectors.
+    // Tables of rows come in whole groups; columns of the cost come in whole vectors.
     int64_t cloud_rows(int64_t count) const { return round_up(count, kGroup); }
 
     // The item's weights, zeros up to `room`.
@@ -79,53 +79,83 @@ struct Item {
     }
 };
 
+// One cloud in compute precision: a table of rows, each in the tensor itself or copied into scratch. Beyond the last
+// row the table repeats it, up to a whole group.
+template <class T>
+struct Cloud {
+    const T **rows = nullptr;
+    // Of the cosine metric: 1 / |x|, 0 for x = 0, and the power of two by which an extreme row was multiplied.
+    T *inverse_norm = nullptr, *scale = nullptr;
+    T *copies = nullptr;
+
+    void carve(Carver &carver, const Item<T> &item, int64_t count) {
+        carver.take(rows, item.cloud_rows(count));
+        carver.take(inverse_norm, padded<T>(item.cloud_rows(count)));
+        carver.take(scale, item.cloud_rows(count));
+        carver.take(copies, count * item.stride);
+    }
+
+    // By the whole team. Returns false when `check` is set and an entry is not finite.
+    bool read(const Item<T> &item, const Matrix &points, int64_t offset, int64_t count, const Team &team, bool check) {
+        const Problem &p = item.problem;
+        const bool in_place = readable_in_place<T>(points, p.dtype, p.features), norms = item.has_directions();
+        int64_t begin, end;
+        team.split(count, begin, end);
+        bool finite = true;
+        for (int64_t i = begin; i < end; ++i) {
+            const void *source = element(points.data, p.dtype, offset + i * points.stride_row);
+            if (in_place)
+                rows[i] = static_cast<const T *>(source);
+            else
+                read_row(source, p.dtype, points.stride_col, p.features, copy(item, i));
+            if (!check && !norms) continue;
+            T squares = dot_rows(rows[i], rows[i], item.length);
+            if (check && !is_finite(squares))  // also where the squares of finite numbers overflow: look closer
+                for (int64_t k = 0; k < p.features; ++k) finite = finite && is_finite(rows[i][k]);
+            if (!norms) continue;
+            scale[i] = 1;
+            if (!(squares > Ordinary<T>::least && squares < Ordinary<T>::most)) {
+                if (in_place) read_row(source, p.dtype, 1, p.features, copy(item, i));
+                scale[i] = scale_row(copies + i * item.stride, item.length);
+                squares = dot_rows(rows[i], rows[i], item.length);
+            }
+            // An error here is common to the whole row: worth a square root in double.
+            inverse_norm[i] = squares > 0 && is_finite(squares) ? T(1 / square_root(double(squares))) : T(0);
+        }
+        if (end == count && begin < end) {
+            for (int64_t i = count; i < item.cloud_rows(count); ++i) rows[i] = rows[count - 1];
+            for (int64_t i = count; i < padded<T>(item.cloud_rows(count)); ++i) inverse_norm[i] = 0;
+        }
+        return finite;
+    }
+
+  private:
+    // Row i's place in scratch, from now on its entry in the table, with zeros up to whole vectors.
+    T *copy(const Item<T> &item, int64_t i) {
+        T *row = copies + i * item.stride;
+        for (int64_t k = item.problem.features; k < item.length; ++k) row[k] = 0;
+        rows[i] = row;
+        return row;
+    }
+};
+
 template <class T>
 struct Clouds {
-    Ahead ahead;
-    T *x = nullptr, *y = nullptr, *inverse_norm_x = nullptr, *inverse_norm_y = nullptr;
+    Cloud<T> x, y;
 
     void carve(Carver &carver, const Item<T> &item) {
         if (!item.has_points()) return;
-        const int64_t rows_x = item.cloud_rows(item.n), rows_y = item.cloud_rows(item.m);
-        carver.take(x, rows_x * item.stride);
-        carver.take(y, rows_y * item.stride);
-        carver.take(inverse_norm_x, rows_x);
-        carver.take(inverse_norm_y, rows_y);
+        x.carve(carver, item, item.n);
+        y.carve(carver, item, item.m);
     }
 
-    // Item `next`, or none (-1), follows on this thread: fetch its points meanwhile, if they lie together.
-    void look_ahead(const Problem &p, int64_t next) {
-        if (next < 0 || p.metric == Metric::cost) return;
-        const Item<T> item(p, next);
-        const auto span = [&](const Matrix &points, int64_t offset, int64_t count, const char *&begin,
-                              const char *&end) {
-            if (points.stride_col != 1 || points.stride_row != p.features) return;
-            begin = static_cast<const char *>(element(points.data, p.dtype, offset));
-            end = static_cast<const char *>(element(points.data, p.dtype, offset + count * p.features));
-        };
-        span(p.x_a, item.offset_a, item.n, ahead.at, ahead.end);
-        span(p.x_b, item.offset_b, item.m, ahead.then_at, ahead.then_end);
-    }
-
-    // Both clouds into scratch, by the whole team. Bit 0, bit 1: x, y holds an entry that is not finite.
-    int pack(const Item<T> &item, const Team &team, bool check) {
+    // Both clouds, by the whole team. Bit 0, bit 1: x, y holds an entry that is not finite.
+    int read(const Item<T> &item, const Team &team, bool check) {
         if (!item.has_points()) return 0;
         const Problem &p = item.problem;
-        int bad = 0;
-        int64_t begin, end;
-        team.split(item.n, begin, end);
-        if (!pack_rows(p.x_a, p.dtype, item.offset_a, begin, end, p.features, item.has_directions(), check, x,
-                       inverse_norm_x))
-            bad |= 1;
-        team.split(item.m, begin, end);
-        if (!pack_rows(p.x_b, p.dtype, item.offset_b, begin, end, p.features, item.has_directions(), check, y,
-                       inverse_norm_y))
-            bad |= 2;
-        if (team.rank == 0) {
-            for (int64_t i = item.n * item.stride; i < item.cloud_rows(item.n) * item.stride; ++i) x[i] = 0;
-            for (int64_t i = item.m * item.stride; i < item.cloud_rows(item.m) * item.stride; ++i) y[i] = 0;
-        }
-        return bad;
+        const bool good_x = x.read(item, p.x_a, item.offset_a, item.n, team, check);
+        const bool good_y = y.read(item, p.x_b, item.offset_b, item.m, team, check);
+        return (good_x ? 0 : 1) | (good_y ? 0 : 2);
     }
 };
 
@@ -138,13 +168,11 @@ inline bool cost_rows(const Item<T> &item, Clouds<T> &clouds, int64_t begin, int
     const Problem &p = item.problem;
     const int64_t cols = item.cols, used = round_up(end - begin, kGroup);
     if (item.has_points()) {
-        const T *x = clouds.x + begin * item.stride;
+        const T *const *x = clouds.x.rows + begin, *const *y = clouds.y.rows;
         if (p.metric == Metric::sqeuclidean || p.metric == Metric::euclidean)
-            pair_products<T, true>(x, used, clouds.y, item.cloud_rows(item.m), item.stride, item.length, clouds.ahead,
-                                   out, cols);
+            pair_products<T, true>(x, used, y, item.cloud_rows(item.m), item.length, out, cols);
         else
-            pair_products<T, false>(x, used, clouds.y, item.cloud_rows(item.m), item.stride, item.length, clouds.ahead,
-                                    out, cols);
+            pair_products<T, false>(x, used, y, item.cloud_rows(item.m), item.length, out, cols);
     }
     Bits<T> bad{};
     for (int64_t i = 0; i < used; ++i) {
@@ -154,7 +182,8 @@ inline bool cost_rows(const Item<T> &item, Clouds<T> &clouds, int64_t begin, int
             const int64_t offset = p.cost.stride_b * item.index + (begin + i) * p.cost.stride_row;
             if (real) read_row(element(p.cost.data, p.dtype, offset), p.dtype, p.cost.stride_col, real, row);
         } else if (p.metric == Metric::cosine) {
-            for (int64_t j = 0; j < real; ++j) row[j] = 1 - row[j];
+            const T inverse = real ? clouds.x.inverse_norm[begin + i] : T(0);
+            for (int64_t j = 0; j < real; ++j) row[j] = 1 - row[j] * inverse * clouds.y.inverse_norm[j];
         } else if (p.metric == Metric::dot) {
             for (int64_t j = 0; j < real; ++j) row[j] = -row[j];
         } else if (p.metric == Metric::euclidean) {

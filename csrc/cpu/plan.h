@@ -21,7 +21,7 @@ struct PlanInputs {
     }
 
     void read(const Item<T> &item, const Team &team, const void *f_in, const void *g_in) {
-        clouds.pack(item, team, false);
+        clouds.read(item, team, false);
         if (team.rank != 0) return;
         item.read_a(a);
         item.read_b(b);

@@ -1,7 +1,8 @@
-// Rows between tensors and scratch: strides, dtypes, normalisation, the check for non-finite points.
+// Rows between tensors and scratch: strides, dtypes, norms, the check for non-finite points.
 //
-// In scratch a row of d features takes `row_stride(d)` numbers: padded with zeros to whole vectors, and an odd number
-// of cache lines, so that the rows of a power-of-two d do not all fall into the same sets of the L1 cache.
+// Rows are read where they are when they can be (`readable_in_place`), and else from a copy. In a copy a row of d
+// features takes `row_stride(d)` numbers: padded with zeros to whole vectors, and an odd number of cache lines, so that
+// the rows of a power-of-two d do not all fall into the same sets of the L1 cache.
 #pragma once
 
 #include "simd.h"
@@ -85,49 +86,43 @@ inline T dot_rows(const T *x, const T *y, int64_t length) {
     return horizontal_sum<T>((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// x / |x| in place, 0 for x = 0; `squares` is <x, x>. Returns 1 / |x|, or 0. The sum of squares of ordinary data is
-// safe; where it leaves the range that squares can represent, the row is scaled by a power of two first.
+// Whether kernels can read rows of this layout as they are: the right dtype, whole aligned vectors, and a stride that
+// does not put all rows into the same sets of the L1 cache.
 template <class T>
-inline T normalise_row(T *row, int64_t length, T squares) {
-    constexpr T tiny = sizeof(T) == 4 ? T(1e-30) : T(1e-280), huge = sizeof(T) == 4 ? T(1e37) : T(1e300);
-    constexpr int width = Simd<T>::width;
-    T scale = 1, rest = 1;
-    if (!(squares > tiny && squares < huge)) {
-        T largest = 0;
-        for (int64_t k = 0; k < length; ++k) largest = maximum(row[k] < 0 ? -row[k] : row[k], largest);
-        if (!(largest > 0) || !is_finite(largest)) return 0;
-        int exponent;
-        __builtin_frexp(double(largest), &exponent);
-        // Two factors: the smallest subnormal needs more than the largest power of two.
-        scale = T(__builtin_ldexp(1.0, -exponent / 2));
-        rest = T(__builtin_ldexp(1.0, -exponent - (-exponent / 2)));
-        for (int64_t k = 0; k < length; ++k) row[k] = row[k] * scale * rest;
-        squares = dot_rows(row, row, length);
-    }
-    const T inverse = T(1 / square_root(double(squares)));  // an error here is common to the whole row
-    for (int64_t k = 0; k < length; k += width) store(row + k, load(row + k) * inverse);
-    // The norm of a subnormal row has no finite inverse; its gradient must not become inf * 0.
-    return minimum(inverse * scale * rest, T(sizeof(T) == 4 ? 3e38 : 1e308));
+inline bool readable_in_place(const Matrix &points, Dtype dtype, int64_t d) {
+    constexpr int64_t page = 4096;
+    const int64_t bytes = points.stride_row * int64_t(sizeof(T));
+    return dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32) && points.stride_col == 1 && d % Simd<T>::width == 0 &&
+           reinterpret_cast<uintptr_t>(points.data) % kVectorBytes == 0 && bytes % kVectorBytes == 0 &&
+           points.stride_b * int64_t(sizeof(T)) % kVectorBytes == 0 && bytes % page != 0;
 }
 
-// Rows [begin, end) of one item's cloud into scratch. For the cosine metric rows become directions and
-// `inverse_norm` (one per row) is filled. Returns false when `check` is set and an entry is not finite.
+// Sums of squares in this range, and their products, are safe; rows outside it are scaled by a power of two first.
 template <class T>
-inline bool pack_rows(const Matrix &points, Dtype dtype, int64_t offset, int64_t begin, int64_t end, int64_t d,
-                      bool normalise, bool check, T *rows, T *inverse_norm) {
-    const int64_t stride = row_stride<T>(d), length = padded<T>(d);
-    bool finite = true;
-    for (int64_t i = begin; i < end; ++i) {
-        T *row = rows + i * stride;
-        read_row(element(points.data, dtype, offset + i * points.stride_row), dtype, points.stride_col, d, row);
-        for (int64_t k = d; k < stride; ++k) row[k] = 0;
-        if (!check && !normalise) continue;
-        const T squares = dot_rows(row, row, length);
-        if (check && !is_finite(squares))  // also where the squares of finite numbers overflow: look closer
-            for (int64_t k = 0; k < d; ++k) finite = finite && is_finite(row[k]);
-        if (normalise) inverse_norm[i] = normalise_row(row, length, squares);
-    }
-    return finite;
+struct Ordinary;
+template <>
+struct Ordinary<float> {
+    static constexpr float least = 1e-12f, most = 1e12f;
+};
+template <>
+struct Ordinary<double> {
+    static constexpr double least = 1e-100, most = 1e100;
+};
+
+// Brings the largest entry of a row to about 1 by a power of two, which keeps every bit of its direction. Returns that
+// power; 1 for a row of zeros and for one that is not finite.
+template <class T>
+inline T scale_row(T *row, int64_t length) {
+    T largest = 0;
+    for (int64_t k = 0; k < length; ++k) largest = maximum(row[k] < 0 ? -row[k] : row[k], largest);
+    if (!(largest > 0) || !is_finite(largest)) return 1;
+    int exponent;
+    __builtin_frexp(double(largest), &exponent);
+    // Two factors: the smallest subnormal needs more than the largest power of two.
+    const T scale = T(__builtin_ldexp(1.0, -exponent / 2)), rest = T(__builtin_ldexp(1.0, -exponent - (-exponent / 2)));
+    for (int64_t k = 0; k < length; ++k) row[k] = row[k] * scale * rest;
+    // The norm of a subnormal row has no finite inverse; its gradient must not become inf * 0.
+    return minimum(scale * rest, T(sizeof(T) == 4 ? 3e38 : 1e308));
 }
 
 }  // namespace OTKERN_LEVEL

@@ -49,8 +49,7 @@ OTKERN_INLINE void exchange(T *&x, T *&y) {
 template <class T>
 class Sinkhorn {
   public:
-    Sinkhorn(const Item<T> &item_, Team &team_, int64_t next, int64_t store_bytes) : item(item_), team(team_) {
-        clouds.look_ahead(item.problem, next);
+    Sinkhorn(const Item<T> &item_, Team &team_, int64_t store_bytes) : item(item_), team(team_) {
         block = maximum<int64_t>(32, round_up((item.rows + 63) / 64, kGroup));
         blocks = (item.rows + block - 1) / block;
         stored = item.rows * item.cols * int64_t(sizeof(T)) <= store_bytes;
@@ -132,7 +131,7 @@ class Sinkhorn {
 
 template <class T>
 int Sinkhorn<T>::prepare(const void *g_init, bool check) {
-    bad[team.rank] = clouds.pack(item, team, check);
+    bad[team.rank] = clouds.read(item, team, check);
     if (team.rank == 0) {
         item.read_a(a);
         item.read_b(b);

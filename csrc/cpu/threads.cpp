@@ -114,17 +114,12 @@ struct Run {
         all.size = size;
         all.shared = size > 1 ? &team : nullptr;
         for (size_t i = 0; i < shared_items.size(); ++i) {
-            function(call, shared_items[i], i + 1 < shared_items.size() ? shared_items[i + 1] : -1, all);
+            function(call, shared_items[i], all);
             all.barrier();
         }
         Team alone;
-        size_t current = next_single.fetch_add(1);
-        while (current < single_items.size()) {
-            const size_t following = next_single.fetch_add(1);
-            function(call, single_items[current], following < single_items.size() ? single_items[following] : -1,
-                     alone);
-            current = following;
-        }
+        for (size_t i = next_single.fetch_add(1); i < single_items.size(); i = next_single.fetch_add(1))
+            function(call, single_items[i], alone);
         if (arena.bytes > kKeep) arena.release();
     }
 };

@@ -30,7 +30,7 @@ class Team {
     }
 };
 
-using ItemFunction = void (*)(void *call, int64_t item, int64_t next, Team &team);
+using ItemFunction = void (*)(void *call, int64_t item, Team &team);
 
 // Runs `function` once for every item. `work[i]` is item i's cost in multiply-adds: an item that is more than its
 // share of the whole gets the full team, the others go to one thread each, the longest first.

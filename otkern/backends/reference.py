@@ -68,13 +68,18 @@ def items(inputs: Inputs) -> Iterator[Item]:
         rows, columns = sizes_a[i], sizes_b[i]
         x = y = None
         if inputs.cost is not None:
-            cost = inputs.cost[(i, rows[-1], columns[-1])].to(dtype).contiguous()
+            cost = _copy(inputs.cost[(i, rows[-1], columns[-1])], dtype)
         else:
-            x, y = inputs.x_a[rows].to(dtype).contiguous(), inputs.x_b[columns].to(dtype).contiguous()
+            x, y = _copy(inputs.x_a[rows], dtype), _copy(inputs.x_b[columns], dtype)
             cost = pairwise_cost(x, y, inputs.metric)
         a = cost.new_full((cost.shape[0],), 1 / max(cost.shape[0], 1)) if inputs.a is None else inputs.a[rows]
         b = cost.new_full((cost.shape[1],), 1 / max(cost.shape[1], 1)) if inputs.b is None else inputs.b[columns]
-        yield Item(i, rows, columns, x, y, cost, a.contiguous(), b.contiguous(), inputs.reg[i])
+        yield Item(i, rows, columns, x, y, cost, _copy(a, dtype), _copy(b, dtype), inputs.reg[i])
+
+
+def _copy(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in its own memory: torch's products and sums depend on the alignment of what they read."""
+    return part.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def forward(
@@ -220,9 +225,9 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
             if times_cost:
                 matrix = torch.where(matrix > 0, matrix * item.cost, 0)
             if transpose:
-                out[item.columns] = matrix.mT @ v[item.rows]
+                out[item.columns] = matrix.mT @ _copy(v[item.rows], v.dtype)
             else:
-                out[item.rows] = matrix @ v[item.columns]
+                out[item.rows] = matrix @ _copy(v[item.columns], v.dtype)
     return out
 
 
