@@ -105,6 +105,12 @@ def card(config: dict, metrics: dict, layers: dict[str, int], trained: dict, unt
     heads, width = config["num_attention_heads"], config["hidden_size"]
     alignment_names = {"dev": "XL-WA dev", "golden collection": "golden collection"}
     retrieval_names = {"dev": "held-out Tatoeba", "NTREX": "NTREX, first 1000"}
+
+    def passes(corpus: str) -> str:
+        copies = config["copies"][corpus]
+        counts = {"all": "", **{language: f" ({language})" for language in copies if language != "all"}}
+        return ", ".join(f"{copies[name] * metrics['epochs']:.2g}{note}" for name, note in counts.items())
+
     losses = "\n".join(
         f"| held-out Tatoeba, {title} | {metrics['held_out_untrained'][kind]:.2f} | {metrics['held_out'][kind]:.2f} |"
         for kind, title in (("single", "sentences alone"), ("pair", "with their translation"))
@@ -132,25 +138,25 @@ tools use: **{layers["alignment_layer"]} for word alignment, {layers["retrieval_
 plan on XL-WA dev en-es and en-bg, the highest mean accuracy on held-out Tatoeba pairs.
 
 ## Text
-| source | languages, each with English | licence |
-|---|---|---|
-| Bible translations, joined by verse | bg, de, el, es, fr | public domain |
-| [Tatoeba](https://tatoeba.org) sentence pairs | bg, de, el, es, fr | CC BY 2.0 FR, by the contributors of Tatoeba |
-| [TICO-19](https://tico-19.github.io) | es, fr | CC0 |
+| source | languages, each with English | times each pair was read | licence |
+|---|---|---|---|
+| Bible translations, joined by verse | bg, de, el, es, fr | {passes("bible")} | public domain |
+| [Tatoeba](https://tatoeba.org) sentence pairs | bg, de, el, es, fr | {passes("tatoeba")} | CC BY 2.0 FR, by its contributors |
+| [TICO-19](https://tico-19.github.io) | es, fr | {passes("tico19")} | CC0 |
 
 The weights are published under CC BY 2.0, with attribution to the contributors of Tatoeba. Pairs whose English side
 belongs to the held-out ninth (`training/splits.py`) were dropped from all three sources.
 
 ## Training
 ```
-OTKERN_DATA=... OMP_NUM_THREADS=1 python -m training.pretrain --config training/configs/pretrain.yaml --output_dir DIR
+OTKERN_DATA=... python -m training.pretrain --config training/configs/pretrain.yaml --output_dir DIR
 OTKERN_DATA=... python -m training.pretrain_card --config training/configs/pretrain.yaml --run DIR \\
     --output_dir training/models/mini
 ```
 Masked-language modelling on single sentences and on translation pairs (positions restart at the second sentence),
 whole words masked. {metrics["steps"]} steps of up to {config["tokens_per_batch"]} tokens,
 {metrics["tokens"] / 1e6:.1f} million tokens without padding, {metrics["epochs"]:.2f} epochs, in
-{metrics["seconds"] / 60:.0f} minutes on one of two x86 CPU cores that other programs used as well. One seed.
+{metrics["seconds"] / 60:.0f} minutes on {config["threads"]} x86 CPU cores that other programs used as well. One seed.
 
 | masked-LM loss, nats per predicted piece | start | end |
 |---|---|---|
