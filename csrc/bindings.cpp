@@ -121,6 +121,15 @@ void apply(const otkern::Problem &problem, Address f, Address g, Address v, Addr
     run(otkern::apply, call, threads);
 }
 
+void plan(const otkern::Problem &problem, Address f, Address g, Address out, int threads) {
+    otkern::ApplyCall call;
+    call.problem = problem;
+    call.f = pointer<const void>(f);
+    call.g = pointer<const void>(g);
+    call.plan = pointer(out);
+    run(otkern::apply, call, threads);
+}
+
 std::vector<std::string> cpu_levels() {
     std::vector<std::string> names;
     for (const char *const *name = otkern::levels(); *name; ++name) names.emplace_back(*name);
@@ -160,6 +169,8 @@ PYBIND11_MODULE(_native, module) {
                py::arg("dreg"), py::arg("threads"));
     module.def("cpu_apply", &apply, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("v"),
                py::arg("out"), py::arg("channels"), py::arg("transpose"), py::arg("times_cost"), py::arg("threads"));
+    module.def("cpu_plan", &plan, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("out"),
+               py::arg("threads"));
     module.def("build_info", &build_info, "What was built, with what, and the SIMD levels this machine can run.");
     module.def("cpu_levels", &cpu_levels, "SIMD levels this machine can run, best first.");
     module.def("cpu_level", [] { return std::string(otkern::level()); }, "The SIMD level in use.");

@@ -30,6 +30,8 @@ def match(plan: Tensor, method: str = "mutual", *, threshold: float | None = Non
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but was {method!r}")
     if threshold is not None and method != "threshold":
         raise ValueError(f"threshold must be None for method {method!r}, but was {threshold}")
+    if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 1:
+        raise ValueError(f"max_rounds must be an integer of at least 1, but was {max_rounds!r}")
     plan = plan.detach()
     if plan.numel() == 0:
         return torch.zeros_like(plan, dtype=torch.bool)
@@ -37,14 +39,12 @@ def match(plan: Tensor, method: str = "mutual", *, threshold: float | None = Non
         return _best(plan, -1)
     if method == "threshold":
         threshold = 0.5 if threshold is None else threshold
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], but was {threshold}")
+        if not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be a number in (0, 1], but was {threshold!r}")
         largest = torch.maximum(plan.amax(-1, keepdim=True), plan.amax(-2, keepdim=True))
         return (plan >= threshold * largest) & (plan > 0)
     links = _mutual(plan)
     if method == "itermax":
-        if max_rounds < 1:
-            raise ValueError(f"max_rounds must be at least 1, but was {max_rounds}")
         for _ in range(max_rounds - 1):
             both_linked = links.any(-1, keepdim=True) & links.any(-2, keepdim=True)
             links = links | _mutual(torch.where(both_linked, 0, plan))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
+from otkern.problem import METRICS
 from otkern.solve import solve_sample
+
+_OPTIONS = tuple(name for name in inspect.signature(solve_sample).parameters if name not in ("X_a", "X_b", "metric"))
 
 
 class SinkhornLoss(nn.Module):
@@ -16,6 +20,10 @@ class SinkhornLoss(nn.Module):
         metric: cost of a pair of points: ``"cosine"``, ``"sqeuclidean"``, ``"euclidean"`` or ``"dot"``.
         reg: epsilon, in the unit of the cost, > 0.
         **options: further keyword arguments of `otkern.solve_sample`, such as ``max_iter``, ``tol`` or ``backend``.
+
+    Raises:
+        ValueError: an unknown metric.
+        TypeError: an unknown option.
 
     Shape:
         ``loss(X_a, X_b, a, b, lengths_a=..., lengths_b=...)``: X_a (B, N, D), X_b (B, M, D) or packed with
@@ -32,6 +40,11 @@ class SinkhornLoss(nn.Module):
 
     def __init__(self, metric: str = "cosine", reg: float = 0.1, **options: Any):
         super().__init__()
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, but was {metric!r}")
+        for name in options:
+            if name not in _OPTIONS:
+                raise TypeError(f"{name} must be an option of otkern.solve_sample: one of {', '.join(_OPTIONS)}")
         self.metric, self.reg, self.options = metric, reg, options
 
     def forward(

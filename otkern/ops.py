@@ -1,7 +1,8 @@
 """The torch.library ops: schema, fake kernels, autograd. The only place that knows autograd.
 
 ``otkern::sinkhorn`` solves a batch, ``otkern::sinkhorn_backward`` is its envelope gradient, and
-``otkern::apply_plan`` multiplies by the plan. Each calls the function of that name in the backend's module.
+``otkern::apply_plan`` multiplies by the plan, ``otkern::plan`` writes it out. Each calls a function of the backend's
+module.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _library.define(
 )
 
 
+_library.define(f"plan({_PROBLEM}, Tensor f, Tensor g, str backend) -> Tensor", tags=_tags)
+
+
 def sinkhorn(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float | None, check: bool, backend: str):
     """(value, f, g, marginal_error, n_iters) of a batch; ``value`` carries the envelope gradient."""
     return torch.ops.otkern.sinkhorn(*inputs, g_init, max_iter, -1.0 if tol is None else tol, check, backend)
@@ -45,6 +49,11 @@ def sinkhorn(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float | 
 def apply_plan(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool, backend: str):
     """P @ v or P^T @ v, with ``times_cost`` (P o C) @ v; differentiable with respect to v."""
     return torch.ops.otkern.apply_plan(*inputs, f, g, v, transpose, times_cost, backend)
+
+
+def plan(inputs: Inputs, f: Tensor, g: Tensor, backend: str):
+    """The dense plans (B, max_a, max_b), 0 in the padding; not differentiable."""
+    return torch.ops.otkern.plan(*inputs, f, g, backend)
 
 
 def _serving(inputs: Inputs, name: str):
@@ -72,24 +81,32 @@ def _sinkhorn_fake(*args):
     return value, f, g, marginal_error, new((inputs.batch,), dtype=torch.int32)
 
 
-def _setup_context(ctx, inputs, output):
-    value, f, g, marginal_error, n_iters = output
-    problem = Inputs(*inputs[:_N_PROBLEM])
-    ctx.mark_non_differentiable(f, g, marginal_error, n_iters)
-    ctx.save_for_backward(*problem[:10], f, g, value)
-    ctx.sizes, ctx.backend = problem[10:], inputs[-1]
+class _Sinkhorn(torch.autograd.Function):
+    """The op below autograd, and its envelope gradient."""
 
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            value, f, g, marginal_error, n_iters = _sinkhorn_op(*args)
+        ctx.mark_non_differentiable(f, g, marginal_error, n_iters)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:10], f, g, value)
+        ctx.sizes, ctx.backend = args[10:_N_PROBLEM], args[-1]
+        return value, f, g, marginal_error, n_iters
 
-def _sinkhorn_backward_formula(ctx, dvalue, *_):
-    *tensors, f, g, value = ctx.saved_tensors
-    inputs = Inputs(*tensors, *ctx.sizes)
-    need = ctx.needs_input_grad
-    needs = [need[0], need[1], need[2], need[3] or need[4], need[5]]
-    # A problem without a feasible plan has a constant value, +inf, around it.
-    dvalue = torch.where(torch.isfinite(value), dvalue, 0).contiguous()
-    grads = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, dvalue, needs, ctx.backend)
-    grads = [grad if need[i] else None for i, grad in enumerate(grads)]
-    return (*grads, *(None for _ in range(len(need) - len(grads))))
+    @staticmethod
+    def backward(ctx, dvalue, *_):
+        need = ctx.needs_input_grad
+        nothing = (None,) * len(need)
+        if dvalue is None:
+            return nothing
+        *tensors, f, g, value = ctx.saved_tensors
+        inputs = Inputs(*tensors, *ctx.sizes)
+        needs = [need[0], need[1], need[2], need[3] or need[4], need[5]]
+        # A problem without a feasible plan has a constant value, +inf, around it.
+        dvalue = torch.where(torch.isfinite(value), dvalue, 0).contiguous()
+        grads = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, dvalue, needs, ctx.backend)
+        return (*(grad if need[i] else None for i, grad in enumerate(grads)), *nothing[len(grads) :])
 
 
 def _sinkhorn_backward(*args):
@@ -122,35 +139,68 @@ def _apply_plan_fake(*args):
     return f.new_empty((*(inputs.shape_g if transpose else inputs.shape_f), v.shape[-1]))
 
 
-def _apply_plan_setup(ctx, inputs, output):
-    problem, (f, g, _, transpose, times_cost, backend) = Inputs(*inputs[:_N_PROBLEM]), inputs[_N_PROBLEM:]
-    ctx.save_for_backward(*problem[:10], f, g)
-    ctx.sizes, ctx.rest = problem[10:], (not transpose, times_cost, backend)
+def _plan(*args):
+    inputs, (f, g, name) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+    return _serving(inputs, name).plan(inputs, f, g)
 
 
-def _apply_plan_backward_formula(ctx, dout):
-    *tensors, f, g = ctx.saved_tensors
-    transpose, times_cost, backend = ctx.rest
-    dv = apply_plan(Inputs(*tensors, *ctx.sizes), f, g, dout.contiguous(), transpose, times_cost, backend)
-    return (*(None for _ in range(_N_PROBLEM + 2)), dv, None, None, None)
+def _plan_fake(*args):
+    inputs, (f, _, _) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+    return f.new_empty((inputs.batch, inputs.max_a, inputs.max_b))
 
 
-def _refuse_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "second derivatives of an entropic OT value need the implicit gradient, which this release does not have"
-    )
+class _ApplyPlan(torch.autograd.Function):
+    """The op below autograd; differentiable with respect to v, of which it is a linear map."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _apply_plan_op(*args)
+        f, g, _, transpose, times_cost, backend = args[_N_PROBLEM:]
+        ctx.save_for_backward(*args[:10], f, g)
+        ctx.sizes, ctx.rest = args[10:_N_PROBLEM], (not transpose, times_cost, backend)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        *tensors, f, g = ctx.saved_tensors
+        dv = apply_plan(Inputs(*tensors, *ctx.sizes), f, g, dout.contiguous(), *ctx.rest)
+        return (*(None for _ in range(_N_PROBLEM + 2)), dv, None, None, None)
+
+
+class _SinkhornBackward(torch.autograd.Function):
+    """The gradient below autograd, with a backward that raises."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _sinkhorn_backward_op(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "second derivatives of an entropic OT value need the implicit gradient, which this release does not have"
+        )
 
 
 _library.impl("sinkhorn", _sinkhorn, "CompositeExplicitAutograd")
 _library.impl("sinkhorn_backward", _sinkhorn_backward, "CompositeExplicitAutograd")
 _library.impl("apply_plan", _apply_plan, "CompositeExplicitAutograd")
+_library.impl("plan", _plan, "CompositeExplicitAutograd")
 torch.library.register_fake("otkern::sinkhorn", _sinkhorn_fake, lib=_library)
 torch.library.register_fake("otkern::sinkhorn_backward", _sinkhorn_backward_fake, lib=_library)
 torch.library.register_fake("otkern::apply_plan", _apply_plan_fake, lib=_library)
-torch.library.register_autograd(
-    "otkern::sinkhorn", _sinkhorn_backward_formula, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("otkern::sinkhorn_backward", _refuse_second_derivative, lib=_library)
-torch.library.register_autograd(
-    "otkern::apply_plan", _apply_plan_backward_formula, setup_context=_apply_plan_setup, lib=_library
+torch.library.register_fake("otkern::plan", _plan_fake, lib=_library)
+# Kernels of the autograd key, and not torch.library.register_autograd: that reads the schema anew in every call, which
+# takes longer than a small problem.
+for _name, _function in (
+    ("sinkhorn", _Sinkhorn),
+    ("sinkhorn_backward", _SinkhornBackward),
+    ("apply_plan", _ApplyPlan),
+):
+    _library.impl(_name, _function.apply, "Autograd")
+_sinkhorn_op, _sinkhorn_backward_op, _apply_plan_op = (
+    torch.ops.otkern.sinkhorn.default,
+    torch.ops.otkern.sinkhorn_backward.default,
+    torch.ops.otkern.apply_plan.default,
 )

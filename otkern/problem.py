@@ -7,6 +7,7 @@ backends one form: a batch, padded or packed, of problems given by points or by 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -188,6 +189,8 @@ def read_potential(name: str, potential, shape: tuple[int, ...], inputs: Inputs,
 def _require_floating(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, but was {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, but has layout {tensor.layout}")
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, but has dtype {tensor.dtype}")
 
@@ -232,18 +235,18 @@ def _read_reg(reg, batch: int, dtype, device) -> Tensor:
             raise ValueError(f"reg must have a floating-point dtype, but has {reg.dtype}")
         _require_reachable("reg", reg, device)
         return reg.to(device=device, dtype=dtype, non_blocking=True).expand(batch)
-    if isinstance(reg, bool) or not isinstance(reg, (int, float)):
+    if isinstance(reg, bool) or not isinstance(reg, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise ValueError(f"reg must be a number or a tensor of shape ({batch},), but was {type(reg).__name__}")
-    if not (reg >= torch.finfo(dtype).tiny and math.isfinite(reg)):
+    if not torch.finfo(dtype).tiny <= reg < math.inf:
         raise ValueError(f"reg must be positive, not subnormal, and finite, but was {reg}")
-    return torch.full((batch,), float(reg), dtype=dtype, device=device)
+    return torch.full((batch,), reg, dtype=dtype, device=device)
 
 
 def _read_integers(name: str, values, size: int | None, device) -> Tensor | None:
     if values is None:
         return None
     if isinstance(values, Sequence):
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        if not all(isinstance(v, numbers.Integral) and not isinstance(v, bool) for v in values):
             raise ValueError(f"{name} must hold integers, but was {values!r}")
         if any(abs(v) >= 2**31 for v in values):
             raise ValueError(f"{name} must hold integers below 2^31, but was {values!r}")
@@ -298,10 +301,9 @@ def check_values(inputs: Inputs) -> None:
             raise ValueError(f"lengths_{side} must lie between 0 and {longest}, but holds {bad}")
         if cu_seqlens is not None:
             _check_offsets(side, cu_seqlens, shape[0], longest)
-    masses = [_check_weights(side, weights, inputs, side == "a") for side, weights, *_ in sides]
-    mass_a, mass_b = masses
     if inputs.a is None and inputs.b is None:
         return
+    mass_a, mass_b = (_check_weights(side, weights, inputs, side == "a") for side, weights, *_ in sides)
     gap = (mass_a - mass_b).abs() > MASS_TOLERANCE * torch.maximum(mass_a, mass_b)
     if bool(gap.any()):
         item = int(gap.nonzero()[0])

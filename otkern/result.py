@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from otkern import alignment, ops
-from otkern.backends import reference
 from otkern.problem import Inputs, item_sums, masses, row_mask
 
 # Without a tolerance of the user's, a problem counts as converged below this marginal error per unit of mass.
@@ -48,6 +47,9 @@ class OTResult:
         self._marginal_error, self._n_iters = marginal_error, n_iters
         self._tol, self._batched, self._backend = tol, batched, backend
         self._plan: Tensor | None = None
+        # Tensors made in inference mode count no versions, and traced ones are not changed.
+        counted = not torch.compiler.is_compiling() and not any(tensor.is_inference() for _, tensor in self._tensors())
+        self._versions = [tensor._version for _, tensor in self._tensors()] if counted else None
         self._warned = tol is None or torch.compiler.is_compiling()
         if f.device.type == "cpu":
             self._warn_where_not_converged()
@@ -124,21 +126,24 @@ class OTResult:
 
         Args:
             target: values at the points of side b, (B, M, K) or packed (sum of lengths, K); default the points X_b
-                themselves. Differentiable with respect to a ``target`` that is passed.
+                themselves; or one value each, (B, M) or (sum of lengths,). Differentiable with respect to a
+                ``target`` that is passed.
 
         Returns:
-            (B, N, K) in the compute dtype; 0 for a point without mass and in the padding.
+            (B, N, K), or (B, N), in the compute dtype; 0 for a point without mass and in the padding.
 
         Raises:
-            ValueError: no ``target`` for a problem given by costs.
+            ValueError: no ``target`` for a problem given by costs, or one of another shape.
         """
         if target is None:
             if self._inputs.x_b is None:
                 raise ValueError("target must be given for a problem of costs, but was None")
             target = self._squeeze(self._inputs.x_b)
         marginal = self._apply(self._ones(False), False)
-        image = self._unsqueeze(self.plan_operator @ target)
-        return self._squeeze(torch.where(marginal > 0, image / torch.where(marginal > 0, marginal, 1), 0))
+        image = self.plan_operator.apply(target, name="target")
+        marginal = self._squeeze(marginal)
+        marginal = marginal.squeeze(-1) if image.dim() < marginal.dim() else marginal
+        return torch.where(marginal > 0, image / torch.where(marginal > 0, marginal, 1), 0)
 
     def match(self, method: str = "mutual", **options: Any) -> Tensor:
         """Hard alignments of the plan, (B, N, M) bool; methods and options of `otkern.alignment.match`."""
@@ -148,10 +153,29 @@ class OTResult:
     def _dense_plan(self) -> Tensor:
         # Not functools.cached_property: its lock cannot be traced by torch.compile before Python 3.12.
         if self._plan is None:
-            self._plan = reference.plan(self._inputs, self._f, self._g)
+            self._check_unchanged()
+            self._plan = ops.plan(self._inputs, self._f, self._g, self._backend)
         return self._plan
 
+    def _check_unchanged(self) -> None:
+        """What is computed on demand needs the tensors as they were; `torch.optim` steps, for one, change points."""
+        if self._versions is None:
+            return
+        for (name, tensor), version in zip(self._tensors(), self._versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} must be unchanged between the solve and the use of its result, but was modified in place; "
+                    "read what you need before, or pass a clone"
+                )
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        inputs = self._inputs
+        named = {"X_a": inputs.x_a, "X_b": inputs.x_b, "M": inputs.cost, "a": inputs.a, "b": inputs.b}
+        named |= {"reg": inputs.reg, "potential_a": self._f, "potential_b": self._g}
+        return [(name, tensor) for name, tensor in named.items() if tensor is not None]
+
     def _apply(self, v: Tensor, transpose: bool, times_cost: bool = False) -> Tensor:
+        self._check_unchanged()
         return ops.apply_plan(self._inputs, self._f, self._g, v, transpose, times_cost, self._backend)
 
     def _ones(self, side_a: bool) -> Tensor:
@@ -168,7 +192,7 @@ class OTResult:
         """``tensor``, but with a backward that raises where the problem's inputs ask for a gradient."""
         if not self._value.requires_grad:
             return tensor
-        return _NotDifferentiable.apply(tensor, self._value, name)
+        return _Attach.apply(tensor, _NotDifferentiable.apply(self._value, name))
 
     def _converged(self) -> Tensor:
         tolerance = DEFAULT_TOLERANCE * masses(self._inputs, True) if self._tol is None else self._tol
@@ -232,13 +256,18 @@ class PlanOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.apply(v)
 
-    def apply(self, v: Tensor) -> Tensor:
+    def apply(self, v: Tensor, *, name: str = "v") -> Tensor:
         """``op @ v`` by name: inside `torch.compile`, which does not trace a matrix product with a Python object."""
         result, potential = self._result, self._result._f if self._transpose else self._result._g
         points = tuple(potential.shape if result._batched else potential.shape[1:])
         if not isinstance(v, Tensor) or tuple(v.shape[: len(points)]) != points or v.dim() > len(points) + 1:
-            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"v must have shape {points} or {(*points, 'K')}, but was {got}")
+            got = f"has shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"was {type(v).__name__}"
+            expected = f"({', '.join(str(size) for size in points)}, K)"
+            raise ValueError(f"{name} must be a tensor of shape {tuple(points)} or {expected}, but {got}")
+        if v.is_complex():
+            raise ValueError(f"{name} must be real, but has dtype {v.dtype}")
+        if v.device != potential.device:
+            raise ValueError(f"{name} must be on {potential.device} like the problem, but is on {v.device}")
         vector = v.dim() == len(points)
         columns = result._unsqueeze(v.to(potential.dtype))
         columns = columns.unsqueeze(-1) if vector else columns
@@ -249,12 +278,12 @@ class PlanOperator:
 
 
 class _NotDifferentiable(torch.autograd.Function):
-    """The identity with a backward that raises: a missing derivative is never a silent zero."""
+    """Stands for the value in the graph of a result that has no derivative with respect to the problem."""
 
     @staticmethod
-    def forward(ctx, tensor, value, name):
+    def forward(ctx, value, name):
         ctx.name = name
-        return tensor.view_as(tensor)
+        return value.new_zeros(())
 
     @staticmethod
     def backward(ctx, *grads):
@@ -262,3 +291,15 @@ class _NotDifferentiable(torch.autograd.Function):
             f"{ctx.name} is not differentiable in this release (it needs the implicit gradient); "
             'solve with grad="detach" to use it as a constant'
         )
+
+
+class _Attach(torch.autograd.Function):
+    """The identity in ``tensor``; a gradient with respect to the problem runs into ``guard``: no silent zero."""
+
+    @staticmethod
+    def forward(ctx, tensor, guard):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_zeros(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def solve(
         b: weights of the columns, (M,) or (B, M), with the total mass of ``a``; None: uniform.
         reg: epsilon, in the unit of the cost, > 0; a number or a (B,) tensor.
         reg_type: ``"KL"`` (reference measure a ⊗ b) or ``"entropy"`` (ε Σ P log P, POT's convention); potentials and
-            plan are those of ``"KL"`` in both cases, as the plan is the same.
+            plan are those of ``"KL"`` in both cases, as the plan is the same. At a weight of 0 the entropy's own
+            derivative, -inf, is left out of the gradient.
         lengths_a: (B,) integers, true number of rows of each item of a padded batch. What stands in the padding,
             NaN included, has no influence and gets a gradient of exactly 0. None: all N.
         lengths_b: (B,) integers, true number of columns.
@@ -225,8 +227,8 @@ def _solve(
         raise ValueError(f"reg_type must be one of {', '.join(REG_TYPES)}, but was {reg_type!r}")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
         raise ValueError(f"max_iter must be an integer of at least 1, but was {max_iter!r}")
-    number = isinstance(tol, (int, float)) and not isinstance(tol, bool)
-    if tol is not None and not (number and tol >= 0 and math.isfinite(tol)):
+    number = isinstance(tol, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)) and not isinstance(tol, bool)
+    if tol is not None and not (number and 0 <= tol < math.inf):
         raise ValueError(f"tol must be None or a finite number of at least 0, but was {tol!r}")
     if check is not None and not isinstance(check, bool):
         raise ValueError(f"check must be None or a bool, but was {check!r}")
@@ -271,8 +273,8 @@ def _entropy_of_weights(inputs: Inputs) -> Tensor:
         if weights is None:
             total = total - item_sizes(inputs, side_a).clamp(min=1).to(total.dtype).log()
         else:
-            # At a weight of 0 the derivative of a log a is -inf, which entr gives and a * log(a) does not.
-            inside = torch.where(row_mask(inputs, side_a), weights, 1)
+            # 0 log 0 = 0. Its derivative, -inf, is left out: normalised weights would carry it on as NaN.
+            inside = torch.where(row_mask(inputs, side_a) & (weights > 0), weights, 1)
             total = total - item_sums(inputs, side_a, torch.special.entr(inside))
     mass_a, mass_b = masses(inputs, True), masses(inputs, False)
     return inputs.reg * (total + (mass_a + mass_b) / 2 - mass_a * mass_b)

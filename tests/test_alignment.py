@@ -98,10 +98,10 @@ def test_links_carry_no_gradient(method):
     ("method", "options", "message"),
     [
         ("hungarian", {}, "^method must be one of mutual.*'hungarian'"),
-        ("threshold", {"threshold": 0.0}, "^threshold must lie in .*0.0"),
-        ("threshold", {"threshold": 1.5}, "^threshold must lie in .*1.5"),
+        ("threshold", {"threshold": 0.0}, "^threshold must be a number in .*0.0"),
+        ("threshold", {"threshold": 1.5}, "^threshold must be a number in .*1.5"),
         ("mutual", {"threshold": 0.5}, "^threshold must be None .*0.5"),
-        ("itermax", {"max_rounds": 0}, "^max_rounds must be at least 1.*0"),
+        ("itermax", {"max_rounds": 0}, "^max_rounds must be an integer of at least 1.*0"),
     ],
 )
 def test_wrong_options_are_refused(method, options, message):

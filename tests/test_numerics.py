@@ -241,3 +241,16 @@ def test_values_and_gradients_are_right_at_tile_edges(backend, device, interpret
         assert result.value.item() == pytest.approx(expected.item(), rel=1e-12)
         for leaf, wanted in zip(ours, leaves, strict=True):
             torch.testing.assert_close(leaf.grad.cpu(), wanted.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_units_beyond_any_sense_change_nothing_but_the_scale(backend, device):
+    """Costs near the end of float32's range, one of them infinite: masked entries are not large ones."""
+    cost = torch.tensor([[0.0, 1.0, torch.inf], [1.0, 0.5, 0.0]], device=device)
+    a, b = torch.tensor([0.5, 0.5], device=device), torch.tensor([0.25, 0.5, 0.25], device=device)
+    plans = []
+    for unit in (1.0, 2.0**110):
+        scaled = (cost * unit).requires_grad_()
+        otkern.solve(scaled, a, b, reg=unit, max_iter=50, backend=backend).value.backward()
+        plans.append(scaled.grad)
+    assert plans[1][0, 2] == 0
+    assert plans[1].allclose(plans[0], rtol=1e-5)

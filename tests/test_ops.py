@@ -169,3 +169,22 @@ def test_a_gradient_that_is_not_asked_for_is_not_computed(backend, device):
     otkern.solve_sample(x, y, reg=0.5, max_iter=2, backend=backend).value.sum().backward()
     assert y.grad is None
     assert x.grad.abs().sum() > 0
+
+
+def test_a_reg_that_changes_does_not_break_the_graph(backend):
+    x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    compiled = torch.compile(
+        lambda reg: otkern.solve_sample(x, y, reg=reg, max_iter=5, backend=backend).value,
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    for reg in (0.1, 0.2, 0.3):
+        assert compiled(reg).allclose(otkern.solve_sample(x, y, reg=reg, max_iter=5, backend=backend).value)
+
+
+def test_a_barycentric_map_is_part_of_a_full_graph(backend):
+    x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+
+    def image(x):
+        return otkern.solve_sample(x, y, reg=0.5, max_iter=5, backend=backend).barycentric_map()
+
+    assert torch.compile(image, fullgraph=True, backend="aot_eager")(x).allclose(image(x))

@@ -101,9 +101,9 @@ def test_the_plan_operator_is_differentiable_in_its_vector(backend, device):
 def test_a_vector_of_the_wrong_shape_is_refused(backend, device, shape):
     problem = make_problem(9, 7)
     result = otkern.solve_sample(problem.x.to(device), problem.y.to(device), reg=0.3, max_iter=1, backend=backend)
-    with pytest.raises(ValueError, match=r"^v must have shape .*7.* but was"):
+    with pytest.raises(ValueError, match=r"^v must be a tensor of shape .*7.* but has shape"):
         _ = result.plan_operator @ torch.zeros(shape, device=device)
-    with pytest.raises(ValueError, match=r"^v must have shape .*9.* but was list"):
+    with pytest.raises(ValueError, match=r"^v must be a tensor of shape .*9.* but was list"):
         _ = result.plan_operator.T @ [1.0]
 
 
@@ -240,3 +240,68 @@ def test_changing_the_inputs_afterwards_is_the_callers_affair_but_the_value_stay
     before = result.value.clone()
     x.zero_()
     assert result.value.equal(before)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_the_plan_is_that_of_the_potentials(backend, device, metric, layout):
+    """At a small reg the plan feels the last bits of the cost, which must be the ones that the solve saw."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(2, size, 96, generator=generator) + 0.3 for size in (9, 6))
+    lengths_a, lengths_b = [9, 5], [4, 6]
+    if layout == "packed":
+        x, y = (torch.cat([t[i, :n] for i, n in enumerate(ns)]) for t, ns in ((x, lengths_a), (y, lengths_b)))
+        sizes = {"cu_seqlens_a": [0, 9, 14], "cu_seqlens_b": [0, 4, 10]}
+    else:
+        sizes = {"lengths_a": lengths_a, "lengths_b": lengths_b}
+    scale = {"sqeuclidean": 50.0, "euclidean": 1.0, "cosine": 0.05, "dot": 20.0}[metric]
+    result = otkern.solve_sample(
+        x.to(device), y.to(device), metric=metric, reg=0.05 * scale, max_iter=500, backend=backend, **sizes
+    )
+    plan = result.plan.cpu()
+    for i, (n, m) in enumerate(zip(lengths_a, lengths_b, strict=True)):
+        assert plan[i, n:].eq(0).all() and plan[i, :, m:].eq(0).all()
+        # A column half came last: the columns are exact, and the rows as far off as marginal_error says.
+        assert (plan[i, :n, :m].sum(0) * m - 1).abs().max() < 2e-5
+        gap = (plan[i, :n, :m].sum(1) - 1 / n).abs().sum()
+        assert abs(float(gap - result.marginal_error[i].cpu())) < 2e-5
+
+
+def test_a_result_refuses_tensors_that_were_changed_since(backend, device):
+    x, y = torch.randn(5, 3, device=device, requires_grad=True), torch.randn(6, 3, device=device)
+    result = otkern.solve_sample(x, y, reg=0.5, backend=backend)
+    result.value.backward()
+    before = otkern.solve_sample(x, y, reg=0.5, backend=backend)
+    plan = before.plan
+    torch.optim.SGD([x], 0.1).step()
+    for use in (lambda: result.plan, lambda: result.marginal_a, lambda: result.barycentric_map(), result.match):
+        with pytest.raises(RuntimeError, match="X_a must be unchanged"):
+            use()
+    assert before.plan.equal(plan)
+    result = otkern.solve_sample(x, y, reg=0.5, backend=backend)
+    result.potential_a.detach().zero_()
+    with pytest.raises(RuntimeError, match="potential_a must be unchanged"):
+        _ = result.plan
+
+
+def test_a_barycentric_map_takes_one_number_a_point_and_names_its_argument(backend, device):
+    cost = torch.rand(2, 3, 4, device=device)
+    result = otkern.solve(cost, reg=0.1, backend=backend)
+    numbers = torch.randn(2, 4, device=device)
+    assert torch.equal(result.barycentric_map(numbers), result.barycentric_map(numbers.unsqueeze(-1)).squeeze(-1))
+    single = otkern.solve(cost[0], reg=0.1, backend=backend)
+    assert single.barycentric_map(torch.ones(4, device=device)).allclose(torch.ones(3, device=device))
+    with pytest.raises(ValueError, match="target must be a tensor of shape"):
+        result.barycentric_map(torch.randn(2, 5, device=device))
+
+
+def test_a_gradient_with_respect_to_what_the_plan_multiplies_passes(backend, device):
+    x = torch.randn(5, 3, device=device, requires_grad=True)
+    result = otkern.solve_sample(x, torch.randn(6, 3, device=device), reg=0.5, backend=backend)
+    v = torch.randn(6, 2, device=device, requires_grad=True)
+    (dv,) = torch.autograd.grad((result.plan_operator @ v).sum(), v)
+    assert dv.allclose(result.plan.detach().sum(0)[:, None].expand(6, 2), atol=1e-6)
+    (dv,) = torch.autograd.grad(result.barycentric_map(v).sum(), v)
+    assert dv.isfinite().all()
+    with pytest.raises(NotImplementedError, match="plan_operator is not differentiable"):
+        torch.autograd.grad((result.plan_operator @ v).sum(), x)

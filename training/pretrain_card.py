@@ -141,7 +141,7 @@ plan on XL-WA dev en-es and en-bg, the highest mean accuracy on held-out Tatoeba
 | source | languages, each with English | times each pair was read | licence |
 |---|---|---|---|
 | Bible translations, joined by verse | bg, de, el, es, fr | {passes("bible")} | public domain |
-| [Tatoeba](https://tatoeba.org) sentence pairs | bg, de, el, es, fr | {passes("tatoeba")} | CC BY 2.0 FR, by its contributors |
+| [Tatoeba](https://tatoeba.org) pairs | bg, de, el, es, fr | {passes("tatoeba")} | CC BY 2.0 FR, its contributors |
 | [TICO-19](https://tico-19.github.io) | es, fr | {passes("tico19")} | CC0 |
 
 The weights are published under CC BY 2.0, with attribution to the contributors of Tatoeba. Pairs whose English side

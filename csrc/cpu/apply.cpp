@@ -1,9 +1,59 @@
-// Products with the plan of one item: P v, P^T v, (P o C) v, (P o C)^T v. Compiled once per SIMD level.
+// Products with the plan of one item, P v, P^T v, (P o C) v, (P o C)^T v, and the plan itself where it is asked for.
+// Compiled once per SIMD level.
 #include "plan.h"
 
 namespace otkern {
 namespace OTKERN_LEVEL {
 namespace {
+
+// Zeros in an item's part of the dense plans, from the true size on.
+template <class T>
+void clear_plan(const ApplyCall &call, const Item<T> &item) {
+    const Problem &p = call.problem;
+    T *out = static_cast<T *>(call.plan) + item.index * p.max_a * p.max_b;
+    for (int64_t i = 0; i < p.max_a; ++i)
+        for (int64_t j = i < item.n ? item.m : 0; j < p.max_b; ++j) out[i * p.max_b + j] = 0;
+}
+
+template <class T>
+void plan_item(ApplyCall &call, int64_t index, Team &team) {
+    const Item<T> item(call.problem, index);
+    if (team.rank == 0) clear_plan(call, item);
+    if (item.n == 0 || item.m == 0) return;
+    const int64_t panel = panel_size(item, team);
+    PlanInputs<T> in;
+    T *rows = nullptr;
+    const auto carve = [&](Carver &carver) {
+        in.carve(carver, item);
+        carver.take(rows, panel * item.cols);
+    };
+    Carver carver;
+    carve(carver);
+    carver.memory = static_cast<char *>(team.scratch(carver.used));
+    if (carver.memory == nullptr) {
+        call.out_of_memory = true;
+        return;
+    }
+    carver.used = 0;
+    carve(carver);
+    in.read(item, team, call.f, call.g);
+    team.barrier();
+    int64_t begin, end;
+    for (int64_t first = 0; first < item.n; first += panel) {
+        const int64_t count = minimum(panel, item.n - first);
+        team.split(round_up(count, kGroup) / kGroup, begin, end);
+        begin *= kGroup;
+        end = minimum(end * kGroup, count);
+        if (begin < end) cost_rows(item, in.clouds, first + begin, first + end, rows + begin * item.cols);
+        for (int64_t i = begin; i < end; ++i) {
+            T *row = rows + i * item.cols;
+            plan_row(item, in, first + i, false, row, row);
+            T *out = static_cast<T *>(call.plan) + (index * call.problem.max_a + first + i) * call.problem.max_b;
+            for (int64_t j = 0; j < item.m; ++j) out[j] = row[j];
+        }
+        team.barrier();  // the next panel may be split in other places
+    }
+}
 
 template <class T>
 void apply_item(ApplyCall &call, int64_t index, Team &team) {
@@ -92,10 +142,11 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
 }  // namespace
 
 void apply(ApplyCall &call, int64_t item, Team &team) {
-    if (call.problem.dtype == Dtype::f64)
-        apply_item<double>(call, item, team);
+    const bool wide = call.problem.dtype == Dtype::f64;
+    if (call.plan)
+        (wide ? plan_item<double> : plan_item<float>)(call, item, team);
     else
-        apply_item<float>(call, item, team);
+        (wide ? apply_item<double> : apply_item<float>)(call, item, team);
 }
 
 }  // namespace OTKERN_LEVEL

@@ -59,6 +59,7 @@ struct ApplyCall {
     Problem problem;
     const void *f = nullptr, *g = nullptr, *v = nullptr;
     void *out = nullptr;
+    void *plan = nullptr;  // (batch, max_a, max_b): write the plan itself; v, out and what follows are not used
     int64_t channels = 0;
     bool transpose = false, times_cost = false;
     bool out_of_memory = false;

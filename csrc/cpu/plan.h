@@ -56,19 +56,14 @@ OTKERN_INLINE Vec<T> entropy_of(Vec<T> x, Vec<T> e) {
     return select<T>((x > -near) & (x < near), series * x * x, direct);
 }
 
-// Stands for an infinite cost where differences are formed: far beyond any cost, and finite.
-template <class T>
-constexpr T kMasked = sizeof(T) == 4 ? T(1e30) : T(1e300);
-
 // g + f - c with one rounding: what the two sums lose is collected (Knuth) and added. A small reg multiplies this
-// error, and nothing after it can undo that.
+// error, and nothing after it can undo that. -inf where `alive` is not set: there the differences may be NaN.
 template <class T>
-OTKERN_INLINE Vec<T> exponent_of(Vec<T> g, Vec<T> c, T f) {
-    c = vmin<T>(c, splat(kMasked<T>));
+OTKERN_INLINE Vec<T> exponent_of(Vec<T> g, Vec<T> c, T f, Bits<T> alive) {
     const Vec<T> s = g - c, minus_c = s - g;
     const Vec<T> lost = (g - (s - minus_c)) - (c + minus_c);
     const Vec<T> t = s + f, just_f = t - s;
-    return t + (lost + ((s - (t - just_f)) + (f - just_f)));
+    return select<T>(alive, t + (lost + ((s - (t - just_f)) + (f - just_f))), splat(-infinity<T>()));
 }
 
 struct RowSums {
@@ -90,8 +85,9 @@ inline RowSums plan_row(const Item<T> &item, const PlanInputs<T> &in, int64_t i,
     Vec<T> ratio{}, entropy{};
     for (int64_t j = 0; j < item.cols; j += width) {
         const Vec<T> b = load(in.b + j);
-        const Vec<T> x = exponent_of<T>(select<T>(b > 0, load(in.g + j), splat(-kMasked<T>)), load(c + j), potential) *
-                         item.inverse_reg;
+        const Vec<T> entry = load(c + j);
+        const Vec<T> x =
+            exponent_of<T>(load(in.g + j), entry, potential, (b > 0) & (entry < infinity<T>())) * item.inverse_reg;
         const Vec<T> e = vexp<T>(x);
         ratio += b * e;
         if (with_entropy) entropy += b * entropy_of<T>(x, e);

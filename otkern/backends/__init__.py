@@ -1,4 +1,4 @@
-"""The implementations behind the op, one module each with the same functions: can_run, forward, backward, apply.
+"""The implementations behind the op, one module each: can_run, forward, backward, apply, plan.
 
 ``choose`` picks one before the op is called, from nothing but names, so that traced code never looks at the machine.
 """

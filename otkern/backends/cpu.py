@@ -130,6 +130,18 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
     return out
 
 
+def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
+    """The dense plans (B, max_a, max_b), 0 in the padding."""
+    from otkern import _native
+
+    problem, alive = _problem(inputs)
+    f, g = f.contiguous(), g.contiguous()
+    out = torch.empty((inputs.batch, inputs.max_a, inputs.max_b), dtype=inputs.compute_dtype)
+    _native.cpu_plan(problem, f=f.data_ptr(), g=g.data_ptr(), out=out.data_ptr(), threads=torch.get_num_threads())
+    del alive
+    return out
+
+
 def _problem(inputs: Inputs):
     """The native description of ``inputs``, and the tensors its addresses point into, which must outlive it."""
     from otkern import _native

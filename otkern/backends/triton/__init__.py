@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
 
-from otkern.problem import Inputs, check_points
+from otkern.problem import Inputs, check_points, item_sizes
 
 
 def can_run(inputs: Inputs) -> str | None:
@@ -60,3 +61,20 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
     from . import launch
 
     return launch.apply(inputs, f.contiguous(), g.contiguous(), v, transpose, times_cost)
+
+
+def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
+    """The dense plans (B, max_a, max_b), 0 in the padding: products with unit vectors, which are exact."""
+    unit = torch.eye(inputs.max_b, dtype=inputs.compute_dtype, device=inputs.device)
+    if not inputs.packed:
+        return apply(inputs, f, g, unit.expand(inputs.batch, -1, -1), False, False)
+    # Row i of the packed side b is point i - start of its item.
+    rows = torch.arange(inputs.shape_g[0], device=inputs.device, dtype=torch.int32)
+    item = torch.searchsorted(inputs.cu_seqlens_b, rows, right=True) - 1
+    inside = (item >= 0) & (item < inputs.batch)
+    place = rows - inputs.cu_seqlens_b[torch.where(inside, item, 0)]
+    packed = apply(inputs, f, g, torch.where(inside.unsqueeze(1), unit[torch.where(inside, place, 0)], 0), False, False)
+    position = torch.arange(inputs.max_a, device=inputs.device)
+    inside = position < item_sizes(inputs, True).unsqueeze(1)
+    source = torch.where(inside, inputs.cu_seqlens_a[:-1].unsqueeze(1) + position, 0)
+    return torch.where(inside.unsqueeze(2), packed[source], 0)
