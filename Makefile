@@ -10,7 +10,7 @@ TRITON_3_6 := .cache/triton-3.6
 SOURCES := pyproject.toml setup.py requirements-dev.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help align test lint format bench-cpu clean
+.PHONY: help align test lint format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,7 +18,7 @@ help:
 	@echo "make test       install the test packages and run every test"
 	@echo "make lint       ruff, mypy and clang-format, changing nothing"
 	@echo "make format     ruff and clang-format, in place"
-	@echo "make bench-cpu  the CPU benchmark against the peers"
+	@echo "make bench      the quick benchmark against the peers"
 	@echo "make clean      remove what make made, runs/ excepted"
 
 # The data of the run ships with the project: no hub is asked for anything.
@@ -41,8 +41,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench-cpu: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.cpu_speed
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks run --suite quick --json runs/benchmarks-quick.json
 
 clean:
 	rm -rf $(VENV) .cache build dist otkern.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,94 +3,133 @@
 #
 #   benchmarks/gpu.sh [--wheels DIR] [--results DIR] [--python PYTHON] [part ...]
 #
-# Parts, all of them by default and in this order: install env selftest tests memcheck speed. PYTHON must have torch and
-# Triton; wheels of otkern's test packages (pytest, hypothesis, numpy, their dependencies) are taken from DIR. Every part
-# has its own time limit, all together below nine minutes, and a part that fails does not stop the next one.
+# Parts, all of them by default and in this order: install env selftest tests memcheck racecheck speed. PYTHON must have
+# torch and Triton. DIR holds wheels of what may be missing: pytest, hypothesis, numpy, tqdm, matplotlib, pybind11, ninja,
+# setuptools, the peers of benchmarks/requirements.txt, and whatever they depend on; all wheels in it are installed. The
+# native module is built where nvcc or a C++ compiler and the build packages are found. Every part has its own time
+# limit, all together within nine minutes, and a part that fails does not stop the next one. What lies in the folder of
+# results afterwards: a log of each part, tests.xml, gpu.json, table.txt and summary.txt. The speed part continues where
+# an earlier one with the same folder stopped: "gpu.sh speed", run again, goes on.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 
-wheels="" results="${OUT:-gpu-results}" python=python3
+wheels="" results=gpu-results python=python3
 parts=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --wheels) wheels=$(realpath "$2"); shift 2 ;;
-        --results) results=$2; shift 2 ;;
-        --python) python=$2; shift 2 ;;
+        --wheels | --results | --python)
+            [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+            case "$1" in
+                --wheels) wheels=$(realpath "$2") ;;
+                --results) results=$2 ;;
+                --python) python=$2 ;;
+            esac
+            shift 2
+            ;;
         -*) echo "unknown option $1" >&2; exit 2 ;;
         *) parts+=("$1"); shift ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(install env selftest tests memcheck speed)
-mkdir -p "$results"
+[ ${#parts[@]} -gt 0 ] || parts=(install env selftest tests memcheck racecheck speed)
+declare -A limit=([install]=80 [env]=20 [selftest]=30 [tests]=170 [memcheck]=45 [racecheck]=45 [speed]=145)
+for part in "${parts[@]}"; do
+    [ -n "${limit[$part]:-}" ] || { echo "unknown part $part; known are ${!limit[*]}" >&2; exit 2; }
+done
+mkdir -p "$results" || exit 2
 results=$(realpath "$results")
 unset TRITON_INTERPRET
 export OMP_NUM_THREADS=4 HF_HUB_OFFLINE=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$results/triton-cache}"
 
-install() {
-    if [ -n "$wheels" ]; then
-        "$python" -m pip install --quiet --no-index --find-links "$wheels" pytest hypothesis || return 1
-        if ls "$wheels"/otkern-*.whl >/dev/null 2>&1; then
-            "$python" -m pip install --quiet --no-index --no-deps --force-reinstall "$wheels"/otkern-*.whl
-            return
-        fi
+part_install() {
+    if [ -n "$wheels" ] && ls "$wheels"/*.whl >/dev/null 2>&1; then
+        # Without dependencies: what is there of torch and its CUDA packages stays as it is.
+        local wheel failed=0
+        for wheel in "$wheels"/*.whl; do
+            "$python" -m pip install --quiet --no-index --no-deps "$wheel" || { echo "not installed: $wheel"; failed=1; }
+        done
+        if ls "$wheels"/otkern-*.whl >/dev/null 2>&1; then return "$failed"; fi
     fi
-    # What is timed here needs no compiler; pybind11 and ninja may be missing.
+    if "$python" -c 'import pybind11, ninja, setuptools' 2>/dev/null && command -v g++ >/dev/null; then
+        "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . && return
+        echo "the native module was not built; the Triton kernels need none"
+    else
+        echo "g++, pybind11, ninja or setuptools is missing: without the native module"
+    fi
     OTKERN_BUILD=python "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 }
 
-env() { "$python" -m otkern.env; }
+part_env() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
+    "$python" -m otkern.env
+}
 
-selftest() { "$python" -m otkern.selftest; }
+part_selftest() { "$python" -m otkern.selftest; }
 
-# The compilation without a GPU runs elsewhere; here every kernel is launched.
-tests() {
-    "$python" -m pytest -q -p no:cacheprovider tests -k "triton" --ignore tests/test_triton_compile.py \
+# Compiling every kernel for every target runs where there is no GPU; here everything else runs and kernels are launched.
+part_tests() {
+    local workers=()
+    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8 --dist worksteal); fi
+    "$python" -m pytest -q -p no:cacheprovider tests "${workers[@]}" --ignore tests/test_triton_compile.py \
         --ignore tests/training --junitxml "$results/tests.xml"
 }
 
-memcheck() {
-    local sanitizer
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
-    if [ -z "$sanitizer" ]; then
-        echo "compute-sanitizer is not installed here: memory accesses are not checked"
-        return 0
-    fi
-    # Torch's own allocator would hide an access beyond a tensor inside its pool.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" - <<'PYTHON'
-import torch, otkern
-
-for metric, dtype in (("cosine", torch.bfloat16), ("euclidean", torch.float32)):
-    x = torch.randn(3, 150, 67, device="cuda", dtype=dtype, requires_grad=True)
-    y = torch.randn(3, 131, 67, device="cuda", dtype=dtype, requires_grad=True)
-    lengths_a, lengths_b = [150, 37, 9], [131, 101, 16]
-    reg = torch.full((3,), 0.3, device="cuda", requires_grad=True)
-    result = otkern.solve_sample(
-        x, y, metric=metric, reg=reg, max_iter=3, backend="triton", lengths_a=lengths_a, lengths_b=lengths_b
-    )
-    result.value.sum().backward()
-    torch.cuda.synchronize()
-    print(metric, result.value.tolist())
-PYTHON
+find_sanitizer() {
+    command -v compute-sanitizer && return
+    local candidate
+    for candidate in /usr/local/cuda*/bin/compute-sanitizer; do
+        [ -x "$candidate" ] && { echo "$candidate"; return; }
+    done
+    return 1
 }
 
-speed() { "$python" -m benchmarks.gpu_speed --json "$results/speed.json"; }
+# Status 3, which the summary shows as "could not run", tells a machine without the tool, or one that does not let it
+# attach, from an error that it found.
+sanitize() {
+    local sanitizer status
+    if ! sanitizer=$(find_sanitizer); then
+        echo "compute-sanitizer is not installed here: $1 did not run"
+        return 3
+    fi
+    # Torch's own allocator would hide an access beyond a tensor inside its pool.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 9 \
+        "$python" benchmarks/sanitized.py >"$results/$1.txt" 2>&1
+    status=$?
+    cat "$results/$1.txt"
+    if [ "$status" -ne 0 ] && [ "$status" -ne 9 ] && ! grep -q "^case " "$results/$1.txt"; then
+        echo "compute-sanitizer could not run a program on this machine: $1 did not run"
+        return 3
+    fi
+    return "$status"
+}
 
-declare -A limit=([install]=60 [env]=30 [selftest]=60 [tests]=200 [memcheck]=70 [speed]=110)
+part_memcheck() { sanitize memcheck; }
+
+part_racecheck() { sanitize racecheck; }
+
+part_speed() {
+    local status
+    "$python" -m benchmarks run --suite gpu --json "$results/gpu.json" --seconds 2 --limit 45 --minutes 1.6 --threads 4
+    status=$?
+    [ ! -f "$results/gpu.json" ] || "$python" -m benchmarks table "$results/gpu.json" >"$results/table.txt"
+    return "$status"
+}
+
 status=0
 summary=()
-export -f install env selftest tests memcheck speed
+export -f part_install part_env part_selftest part_tests part_memcheck part_racecheck part_speed sanitize find_sanitizer
 export wheels results python
 for part in "${parts[@]}"; do
-    if [ -z "${limit[$part]:-}" ]; then
-        echo "unknown part $part" >&2
-        exit 2
-    fi
     printf '\n== %s\n' "$part"
     start=$SECONDS
-    timeout "${limit[$part]}" bash -c "$part" 2>&1 | tee "$results/$part.log"
+    timeout --kill-after=5 "${limit[$part]}" bash -c "part_$part" 2>&1 | tee "$results/$part.log"
     code=${PIPESTATUS[0]}
-    [ "$code" -eq 0 ] || status=1
-    summary+=("$(printf '%-9s status %3d  %4d s' "$part" "$code" $((SECONDS - start)))")
+    case "$code" in
+        0) verdict=passed ;;
+        3) verdict="could not run" ;;
+        124 | 137) verdict="stopped at its limit" status=1 ;;
+        *) verdict="failed with status $code" status=1 ;;
+    esac
+    summary+=("$(printf '%-10s %4d s  %s' "$part" $((SECONDS - start)) "$verdict")")
 done
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}" | tee "$results/summary.txt"

@@ -1,0 +1,62 @@
+"""otkern through its public functions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+import otkern
+from benchmarks.methods import Absent, Method, ThreeSolves
+from benchmarks.problems import Answer
+
+
+class Otkern(Method):
+    """`otkern.solve_sample` on the default backend of the device."""
+
+    debiases = True
+    exact_iterations = True
+
+    def __init__(self, case, clouds):
+        super().__init__(case, clouds)
+        if case.debias:
+            raise Absent("the debiased divergence is not in this release; see the row of three solves")
+        self.options = {"metric": case.metric, "reg": case.reg, "max_iter": case.iterations, "tol": case.tol}
+        if clouds.lengths_a is not None:
+            self.options |= {"lengths_a": clouds.lengths_a, "lengths_b": clouds.lengths_b}
+
+    def _solve(self, x, y):
+        result = otkern.solve_sample(x, y, **self.options)
+        # Not the result: it would keep the gradients of this call alive until the next.
+        self.n_iters = result.n_iters
+        return result.value
+
+    def begin(self):
+        x, y = self.leaves()
+        value = self._solve(x, y)
+
+        def backward() -> Answer:
+            value.sum().backward()
+            return Answer(value.detach(), False, x.grad, y.grad)
+
+        return value, backward
+
+    def forward(self) -> Answer:
+        with torch.no_grad():
+            return Answer(self._solve(self.clouds.x, self.clouds.y), False)
+
+    def potentials(self):
+        # With points that need a gradient they are not to be had; the iterations are the same.
+        return otkern.solve_sample(self.clouds.x, self.clouds.y, **self.options).potentials
+
+    def iterations_done(self):
+        return int(self.n_iters.max())
+
+
+class OtkernThreeSolves(ThreeSolves):
+    """The divergence by three calls of `otkern.solve_sample`, as long as there is no one call for it."""
+
+    debiases = True
+
+    def __init__(self, case, clouds):
+        super().__init__(Otkern, dataclasses.replace(case, debias=False), clouds)

@@ -1,0 +1,38 @@
+"""A few small calls of the kernels, for compute-sanitizer: ``compute-sanitizer --tool memcheck python FILE``."""
+
+import torch
+
+import otkern
+
+
+def solve(metric: str, dtype: torch.dtype, n: int, m: int, backend: str) -> None:
+    """Forward, backward and plan of different lengths at the edges of tiles."""
+    x = torch.randn(3, n, 67, device="cuda", dtype=dtype, requires_grad=True)
+    y = torch.randn(3, m, 67, device="cuda", dtype=dtype, requires_grad=True)
+    reg = torch.full((3,), 0.3, device="cuda", requires_grad=True)
+    lengths = {"lengths_a": [n, n // 4, 9], "lengths_b": [m, m - 3, 16]}
+    result = otkern.solve_sample(x, y, metric=metric, reg=reg, max_iter=3, backend=backend, **lengths)
+    result.value.sum().backward()
+    torch.cuda.synchronize()
+    finite = all(bool(t.isfinite().all()) for t in (result.value, x.grad, y.grad, result.plan))
+    print(f"case {backend} {metric} {dtype} {n}x{m}: finite {finite}", flush=True)
+
+
+def main() -> None:
+    for backend in ("triton", "cuda"):
+        try:
+            for metric, dtype, n, m in (
+                ("cosine", torch.bfloat16, 40, 33),
+                ("cosine", torch.float32, 128, 127),
+                ("euclidean", torch.float32, 150, 131),
+                ("sqeuclidean", torch.float16, 17, 64),
+            ):
+                solve(metric, dtype, n, m, backend)
+        except ValueError as reason:
+            if "backend" not in str(reason):
+                raise
+            print(f"backend {backend} is not checked: {reason}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
