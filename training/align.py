@@ -109,11 +109,13 @@ def find_checkpoint(folder: Path, resume: str) -> str | None:
 
 
 def claim_output(output: Path, config: dict, resume: str) -> None:
-    """Make the output folder; refuse one that holds checkpoints of a run with another configuration."""
+    """Make the output folder; refuse one that holds checkpoints or a report of another configuration."""
     record = output / "config.yaml"
+    # Without a checkpoint or a report nothing is there that took long to make.
+    worth_keeping = any(output.glob("checkpoints/checkpoint-*")) or (output / "report.json").exists()
     if resume == "never":
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    elif record.exists() and yaml.safe_load(record.read_text(encoding="utf-8")) != config:
+    elif worth_keeping and record.exists() and yaml.safe_load(record.read_text(encoding="utf-8")) != config:
         raise ValueError(
             f"--output_dir must be empty or hold a run with this configuration, but {record} differs; "
             "choose another folder, or pass --resume never to start over in it"

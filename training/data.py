@@ -60,10 +60,10 @@ def resolve_path(source: str) -> Path:
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 text file, gzipped or not (told by its first bytes), without their newline."""
+    """Yield the lines of a UTF-8 text file, gzipped or not (told by its first bytes), without newline and BOM."""
     with open(path, "rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rt", encoding="utf-8") if is_gzip else open(path, encoding="utf-8") as file:
+    with gzip.open(path, "rt", encoding="utf-8-sig") if is_gzip else open(path, encoding="utf-8-sig") as file:
         for line in file:
             yield line.rstrip("\r\n")
 
@@ -136,13 +136,14 @@ def read_pairs(
         rows = _read_text(resolve_path(source), language, columns)
     elif suffix in DATASET_SUFFIXES:
         rows = _read_dataset(DATASET_SUFFIXES[suffix], language, columns, "train", data_files=str(resolve_path(source)))
-    elif Path(os.path.expandvars(source)).is_file():
+    elif Path(os.path.expandvars(os.path.expanduser(source))).is_file():
         rows = _read_text(resolve_path(source), language, columns)
     elif source.startswith((".", "/", "$", "~")):
         raise FileNotFoundError(f"source must be an existing file or a hub name, but was {source!r}")
     else:
         rows = _read_dataset(source, language, columns, split, name=name)
-    pairs = ((english.strip(), other.strip()) for english, other in rows)
+    # A side may be null in JSON lines and parquet.
+    pairs = ((english.strip(), other.strip()) for english, other in rows if english and other)
     return [pair for pair in pairs if all(pair)]
 
 
@@ -154,7 +155,8 @@ def _read_text(path: Path, language: str | None, columns: tuple[str, str] | None
         cells = line.split("\t")
         if number == 1 and _is_header(cells):
             if not set(wanted) <= set(cells):
-                raise ValueError(f"columns must be among the header {cells} of {path}, but were {list(wanted)}")
+                hint = "; --language names the second column" if not language and columns is None else ""
+                raise ValueError(f"columns must be among the header {cells} of {path}, but were {list(wanted)}{hint}")
             indices = cells.index(wanted[0]), cells.index(wanted[1])
         elif number == 1 and columns is not None:
             raise ValueError(f"columns were given, but the first line of {path} is no header: {cells}")

@@ -103,10 +103,14 @@ def test_an_interrupted_and_resumed_run_gives_the_same_result(config_file, tmp_p
 
 def test_an_output_folder_of_another_run_is_refused(config_file, tmp_path):
     config = load_config(config_file)
+    other = load_config(config_file, ["seed=5"])
     align.claim_output(tmp_path / "out", config, "auto")
+    align.claim_output(tmp_path / "out", other, "auto")  # no checkpoint yet: nothing would be lost
+    align.claim_output(tmp_path / "out", config, "auto")
+    (tmp_path / "out" / "checkpoints" / "checkpoint-20").mkdir(parents=True)
     align.claim_output(tmp_path / "out", config, "auto")
     with pytest.raises(ValueError, match="--output_dir"):
-        align.claim_output(tmp_path / "out", load_config(config_file, ["seed=5"]), "auto")
+        align.claim_output(tmp_path / "out", other, "auto")
 
 
 def test_held_out_and_evaluated_sentences_never_reach_training(config_file):

@@ -33,6 +33,29 @@ def test_table_with_a_header_gives_the_column_of_the_language(tmp_path):
         read_pairs(source, "es")
 
 
+def test_a_missing_language_is_named(tmp_path):
+    source = write(tmp_path / "table.tsv", "en\tde\nA house.\tEin Haus.\n")
+    with pytest.raises(ValueError, match="--language names the second column"):
+        read_pairs(source)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    assert read_pairs(write(tmp_path / "p.tsv", "\ufeffA house.\tEin Haus.\n"), "de") == PAIRS[:1]
+    assert read_gold(write(tmp_path / "g.tsv", "\ufeffA house\tEin Haus\t0-0 1-1\n"))[0].english == ["A", "house"]
+
+
+def test_a_name_of_any_ending_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "pairs.en-de", "A house.\tEin Haus.\n")
+    assert read_pairs("~/pairs.en-de", "de") == PAIRS[:1]
+
+
+def test_rows_with_a_null_are_left_out(tmp_path, hub_cache):
+    rows = [{"en": "A house.", "de": "Ein Haus."}, {"en": "C", "de": None}, {"en": None, "de": "D"}]
+    source = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert read_pairs(source, "de") == PAIRS[:1]
+
+
 def test_language_is_filled_into_the_name(tmp_path):
     write(tmp_path / "x.en-de.tsv", "A house.\tEin Haus.\n")
     assert read_pairs(str(tmp_path / "x.en-{lang}.tsv"), "de") == PAIRS[:1]
