@@ -30,16 +30,17 @@ from training.splits import is_held_out, normalise_english
 from training.trainer import AlignmentTrainer, Corpus, Steps
 
 
-def training_pairs(config: dict, language: str, forbidden: set[str]) -> list[tuple[list[str], list[str]]]:
-    """Read one language's training pairs, split into words, without held-out or evaluated English sentences.
+def training_pairs(config: dict, language: str, forbidden: set[str], limit: int | None) -> list[tuple[str, str]]:
+    """Read one language's training pairs, without held-out or evaluated English sentences.
 
     Args:
         config: complete configuration.
         language: code of the other language.
-        forbidden: normalised English sentences of the test sets.
+        forbidden: normalised English sentences that are evaluated on.
+        limit: how many pairs to return at most; None: all.
 
     Returns:
-        (English words, other words) in file order, a fixed random choice when `train.limit` asks for fewer.
+        (English, other) sentences in file order; when `limit` asks for fewer, the first allowed ones of a fixed order.
 
     Raises:
         ValueError: nothing is left.
@@ -47,33 +48,46 @@ def training_pairs(config: dict, language: str, forbidden: set[str]) -> list[tup
     train = config["train"]
     source = {key: train[key] for key in ("name", "split", "columns")}
     pairs = list(dict.fromkeys(read_pairs(train["source"], language, **source)))
-    limit = train["limit"] + config["dev_pairs"] if train["limit"] else len(pairs)
     kept = []
     for row in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist():
-        english, other = pairs[row]
         if len(kept) == limit:
             break
-        words = split_words(english), split_words(other)
-        short = all(0 < len(side) <= train["max_words"] for side in words)
+        english = pairs[row][0]
+        short = all(0 < len(split_words(side)) <= train["max_words"] for side in pairs[row])
         if short and not is_held_out(english) and normalise_english(english) not in forbidden:
-            kept.append((row, words))
+            kept.append(row)
     if not kept:
-        raise ValueError(f"train.source must give pairs for {language!r}, but none were left after the held-out ones")
-    return [words for _, words in sorted(kept)]
+        raise ValueError(
+            f"train.source must give pairs for {language!r} beside those held out, evaluated on or kept back by "
+            f"dev_pairs = {config['dev_pairs']}, but none of its {len(pairs)} pairs were left"
+        )
+    return [pairs[row] for row in sorted(kept)]
+
+
+def choose_dev_pairs(config: dict, language: str, forbidden: set[str]) -> list[tuple[str, str]]:
+    """Choose one language's `dev_pairs`: at random, but the same in every run, so that a resumed one agrees."""
+    limit = config["train"]["limit"]
+    pairs = training_pairs(config, language, forbidden, limit + config["dev_pairs"] if limit else None)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1)).tolist()
+    return [pairs[row] for row in order[: config["dev_pairs"]]]
 
 
 def read_training_text(config: dict, sets: measure.TestSets, tokenizer) -> list[Corpus]:
-    """Read and tokenise the training text of all languages; `dev_pairs` of each go to `sets.dev_retrieval` instead."""
+    """Read and tokenise the training text of all languages; `dev_pairs` of each go to `sets.dev_retrieval` instead.
+
+    No language trains on an English sentence that is among the development pairs of any language.
+    """
     forbidden = {normalise_english(text) for text in sets.english()}
+    if config["dev_pairs"]:
+        for language in config["languages"]:
+            sets.dev_retrieval[language] = choose_dev_pairs(config, language, forbidden)
+        # A sentence can have several translations, and languages share sentences: without this, training would see
+        # some of them. The text is read again below, so that other pairs come up to `train.limit` in their place.
+        forbidden |= {normalise_english(english) for pairs in sets.dev_retrieval.values() for english, _ in pairs}
     corpora, max_length = [], config["train"]["max_length"]
     for language in config["languages"]:
-        pairs = training_pairs(config, language, forbidden)
-        if config["dev_pairs"]:
-            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1)).tolist()
-            dev, rest = order[: config["dev_pairs"]], sorted(order[config["dev_pairs"] :])
-            sets.dev_retrieval[language] = [(" ".join(pairs[row][0]), " ".join(pairs[row][1])) for row in dev]
-            pairs = [pairs[row] for row in rest]
-        english, other = ([pair[side] for pair in pairs] for side in (0, 1))
+        pairs = training_pairs(config, language, forbidden, config["train"]["limit"] or None)
+        english, other = ([split_words(pair[side]) for pair in pairs] for side in (0, 1))
         tokenized = (encoder.tokenize(tokenizer, side, max_length) for side in (other, english))
         corpora.append(Corpus(language, *tokenized))
     return corpora
@@ -109,15 +123,17 @@ def find_checkpoint(folder: Path, resume: str) -> str | None:
 
 
 def claim_output(output: Path, config: dict, resume: str) -> None:
-    """Make the output folder; refuse one that holds checkpoints or a report of another configuration."""
+    """Make the output folder; refuse one that holds checkpoints, a model or a report of another configuration."""
     record = output / "config.yaml"
-    # Without a checkpoint or a report nothing is there that took long to make.
-    worth_keeping = any(output.glob("checkpoints/checkpoint-*")) or (output / "report.json").exists()
+    # Nothing else there took long to make: a run stopped before its first checkpoint leaves only its configuration.
+    results = [*output.glob("checkpoints/checkpoint-*"), output / "model", output / "report.json"]
+    results = [path for path in results if path.exists()]
     if resume == "never":
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    elif worth_keeping and record.exists() and yaml.safe_load(record.read_text(encoding="utf-8")) != config:
+    elif results and not (record.exists() and yaml.safe_load(record.read_text(encoding="utf-8")) == config):
         raise ValueError(
-            f"--output_dir must be empty or hold a run with this configuration, but {record} differs; "
+            f"--output_dir must hold no results but those of a run with this configuration, but {results[0]} exists "
+            f"and {record} {'differs' if record.exists() else 'is missing'}; "
             "choose another folder, or pass --resume never to start over in it"
         )
     output.mkdir(parents=True, exist_ok=True)

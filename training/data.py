@@ -189,7 +189,13 @@ def _read_dataset(
     if set(wanted) <= set(names):
         return zip(table[wanted[0]], table[wanted[1]], strict=True)
     if "translation" in names and columns is None:
-        return ((row[wanted[0]], row[wanted[1]]) for row in table["translation"])
+        rows = [row for row in table["translation"] if row is not None]
+        # A row of JSON lines may lack a language that others have.
+        languages = list(dict.fromkeys(code for row in rows for code in row))
+        if rows and not set(wanted) <= set(languages):
+            hint = "" if language else "; --language names the second column"
+            raise ValueError(f"columns must be among {languages} of `translation`, but were {list(wanted)}{hint}")
+        return ((row.get(wanted[0]), row.get(wanted[1])) for row in rows)
     text = [column for column in names if getattr(table.features[column], "dtype", None) in ("string", "large_string")]
     if columns is None and len(text) >= 2:
         return zip(table[text[0]], table[text[1]], strict=True)

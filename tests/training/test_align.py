@@ -113,17 +113,63 @@ def test_an_output_folder_of_another_run_is_refused(config_file, tmp_path):
         align.claim_output(tmp_path / "out", other, "auto")
 
 
+@pytest.mark.parametrize("result", ["checkpoints/checkpoint-20", "model", "report.json"])
+def test_results_without_their_configuration_are_not_overwritten(config_file, tmp_path, result):
+    (tmp_path / "out" / result).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"--output_dir.*{result}"):
+        align.claim_output(tmp_path / "out", load_config(config_file), "auto")
+    assert not (tmp_path / "out" / "config.yaml").exists()
+    align.claim_output(tmp_path / "out", load_config(config_file), "never")
+
+
 def test_held_out_and_evaluated_sentences_never_reach_training(config_file):
-    from training.data import read_pairs, split_words
+    from training.data import read_pairs
     from training.splits import is_held_out
 
     config = load_config(config_file)
     pairs = read_pairs(config["train"]["source"], "de")
-    words = align.training_pairs(config, "de", {align.normalise_english(pairs[0][0])})
-    english = [pair[0] for pair in words]
-    assert split_words(pairs[0][0]) not in english
+    kept = align.training_pairs(config, "de", {align.normalise_english(pairs[0][0])}, limit=None)
+    english = [pair[0] for pair in kept]
+    assert pairs[0][0] not in english
     assert any(is_held_out(pair[0]) for pair in pairs)
-    assert not any(is_held_out(" ".join(sentence)) for sentence in english)
+    assert english and not any(map(is_held_out, english))
+
+
+@pytest.mark.parametrize("limit", [20, "null"])
+def test_no_language_trains_on_a_development_sentence_of_any(config_file, tmp_path, tiny_model, monkeypatch, limit):
+    """Every sentence comes three times, spelt differently, with another translation each, in another order a language.
+
+    An English sentence goes to training or to development as a whole, and what that takes from training is made up.
+    """
+    english = [f"the {a} {b} sees" for a in ("old", "big", "red", "small") for b in ("man", "dog", "cat", "child")]
+    for language, step in (("de", 1), ("fr", -1)):
+        lines = [
+            f"{form}\tx{n}\n" for n, form in enumerate(f(s) for f in (str, str.upper, "{}.".format) for s in english)
+        ]
+        (tmp_path / f"p.{language}.tsv").write_text("".join(lines[::step]), encoding="utf-8")
+    overrides = [f"train.source={tmp_path}/p.{{lang}}.tsv", f"train.limit={limit}", "dev_pairs=2"]
+    config = load_config(config_file, overrides)
+    _, tokenizer = encoder.load_encoder(str(tiny_model))
+    seen, original = [], encoder.tokenize
+    monkeypatch.setattr(encoder, "tokenize", lambda t, words, *rest: seen.append(words) or original(t, words, *rest))
+    runs = []
+    for _ in range(2):
+        sets, seen[:] = align.measure.TestSets(), []
+        corpora = align.read_training_text(config, sets, tokenizer)
+        runs.append((sets.dev_retrieval, list(seen)))
+    assert runs[0] == runs[1]
+    development = {align.normalise_english(pair[0]) for pairs in sets.dev_retrieval.values() for pair in pairs}
+    trained = [{align.normalise_english(" ".join(words)) for words in sentences} for sentences in seen[1::2]]
+    assert len(trained) == 2 and not development & set.union(*trained)
+    assert [len(pairs) for pairs in sets.dev_retrieval.values()] == [2, 2]
+    allowed = [s for s in english if not align.is_held_out(s) and align.normalise_english(s) not in development]
+    assert [len(corpus.english) for corpus in corpora] == [20 if limit == 20 else 3 * len(allowed)] * 2
+
+
+def test_development_pairs_that_leave_nothing_to_train_on_are_refused(config_file, tiny_model):
+    _, tokenizer = encoder.load_encoder(str(tiny_model))
+    with pytest.raises(ValueError, match="dev_pairs = 64"):
+        align.read_training_text(load_config(config_file, ["dev_pairs=64"]), align.measure.TestSets(), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -80,12 +80,21 @@ def test_json_lines_with_a_translation_column(tmp_path, hub_cache):
     assert read_pairs(write(tmp_path / "t.jsonl", lines), "de") == PAIRS
 
 
+def test_null_translations_are_left_out_and_a_missing_language_is_named(tmp_path, hub_cache):
+    rows = [{"en": "A house.", "de": "Ein Haus."}, None, {"en": "C", "de": None}, {"en": "D"}]
+    source = write(tmp_path / "t.jsonl", "".join(json.dumps({"translation": row}) + "\n" for row in rows))
+    assert read_pairs(source, "de") == PAIRS[:1]
+    with pytest.raises(ValueError, match=r"\['en', 'de'\].*--language"):
+        read_pairs(source)
+
+
 def test_parquet_with_named_columns(tmp_path, hub_cache):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     english, other = zip(*PAIRS, strict=True)
-    table = pyarrow.table({"target": list(other), "note": ["", ""], "source": list(english)})
+    english, other = [*english, "null", "blank"], [*other, None, " "]
+    table = pyarrow.table({"target": other, "note": [""] * 4, "source": english})
     parquet.write_table(table, tmp_path / "p.parquet")
     assert read_pairs(str(tmp_path / "p.parquet"), "de", columns=("source", "target")) == PAIRS
     with pytest.raises(ValueError, match="columns must be two of"):
