@@ -247,24 +247,27 @@ def test_changing_the_inputs_afterwards_is_the_callers_affair_but_the_value_stay
 def test_the_plan_is_that_of_the_potentials(backend, device, metric, layout):
     """At a small reg the plan feels the last bits of the cost, which must be the ones that the solve saw."""
     generator = torch.Generator().manual_seed(3)
-    x, y = (torch.randn(2, size, 96, generator=generator) + 0.3 for size in (9, 6))
+    x, y = (torch.randn(2, size, 768, generator=generator) / 2 + 0.3 for size in (9, 6))
     lengths_a, lengths_b = [9, 5], [4, 6]
     if layout == "packed":
         x, y = (torch.cat([t[i, :n] for i, n in enumerate(ns)]) for t, ns in ((x, lengths_a), (y, lengths_b)))
         sizes = {"cu_seqlens_a": [0, 9, 14], "cu_seqlens_b": [0, 4, 10]}
     else:
         sizes = {"lengths_a": lengths_a, "lengths_b": lengths_b}
-    scale = {"sqeuclidean": 50.0, "euclidean": 1.0, "cosine": 0.05, "dot": 20.0}[metric]
+    reg = {"sqeuclidean": 2.5, "euclidean": 0.05, "cosine": 0.0025, "dot": 1.0}[metric]
     result = otkern.solve_sample(
-        x.to(device), y.to(device), metric=metric, reg=0.05 * scale, max_iter=500, backend=backend, **sizes
+        x.to(device), y.to(device), metric=metric, reg=reg, max_iter=20, backend=backend, **sizes
     )
     plan = result.plan.cpu()
+    # Two roundings of the largest cost.
+    largest = {"sqeuclidean": 450, "euclidean": 21, "cosine": 1.3, "dot": 90}[metric]
+    tolerance = 2 * torch.finfo(torch.float32).eps * largest / reg
     for i, (n, m) in enumerate(zip(lengths_a, lengths_b, strict=True)):
         assert plan[i, n:].eq(0).all() and plan[i, :, m:].eq(0).all()
         # A column half came last: the columns are exact, and the rows as far off as marginal_error says.
-        assert (plan[i, :n, :m].sum(0) * m - 1).abs().max() < 2e-5
+        assert (plan[i, :n, :m].sum(0) * m - 1).abs().max() < tolerance
         gap = (plan[i, :n, :m].sum(1) - 1 / n).abs().sum()
-        assert abs(float(gap - result.marginal_error[i].cpu())) < 2e-5
+        assert abs(float(gap - result.marginal_error[i].cpu())) < tolerance
 
 
 def test_a_result_refuses_tensors_that_were_changed_since(backend, device):
