@@ -71,5 +71,6 @@ def tolerance(run: dict[str, Any]):
                 axis.plot(*zip(*found, strict=True), marker="o", markersize=3, label=method, **style)
         axis.set(title=f"{shape}, reg {reg:g}", xlabel="marginal error", ylabel="ms", xscale="log", yscale="log")
         axis.invert_xaxis()
-        axis.legend(fontsize=7)
+    # Beside the axes: within them it would lie over somebody's line.
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
