@@ -172,6 +172,7 @@ def test_a_gradient_that_is_not_asked_for_is_not_computed(backend, device):
 
 
 def test_a_reg_that_changes_does_not_break_the_graph(backend):
+    torch._dynamo.reset()
     x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
     compiled = torch.compile(
         lambda reg: otkern.solve_sample(x, y, reg=reg, max_iter=5, backend=backend).value,
@@ -182,6 +183,7 @@ def test_a_reg_that_changes_does_not_break_the_graph(backend):
 
 
 def test_a_barycentric_map_is_part_of_a_full_graph(backend):
+    torch._dynamo.reset()
     x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
 
     def image(x):
