@@ -3,12 +3,15 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
+import otkern
 from otkern import backends
 from otkern.backends import reference
 from otkern.problem import Inputs
+from tests.problems import Problem, exact_value, make_weights, plain_value
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -150,6 +153,112 @@ def test_close_pairs_keep_their_distance(triton_backend):
     inputs.x_b[0, ::2] += 1e-4
     inputs = inputs._replace(x_a=inputs.x_a + 50, x_b=inputs.x_b + 50)
     assert_as_accurate_as_plain(triton_backend.forward(inputs, None, 2, -1.0), inputs, 2)
+
+
+def gradients(problem: Problem, solve) -> list[torch.Tensor]:
+    """Gradients of the points, in fp64."""
+    x, y = (t.detach().clone().requires_grad_() for t in problem[:2])
+    return [t.cpu().double() for t in torch.autograd.grad(solve(problem._replace(x=x, y=y)).sum(), (x, y))]
+
+
+def assert_gradients_as_accurate_as_plain(problem: Problem, iterations: int):
+    def ours(p):
+        points = (t.to(DEVICE) for t in p[:4])
+        options = {"metric": p.metric, "reg": p.reg, "max_iter": iterations, "backend": "triton"}
+        return otkern.solve_sample(*points, **options).value
+
+    exact = gradients(problem.double(), lambda p: exact_value(p, iterations))
+    plain = gradients(problem, lambda p: plain_value(p, iterations))
+    for actual, theirs, truth in zip(gradients(problem, ours), plain, exact, strict=True):
+        unit = torch.finfo(problem.x.dtype).eps * truth.abs().max()
+        assert (actual - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 4 * unit
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_matched_near_duplicates_have_accurate_gradients(triton_backend, metric, offset):
+    """Every point has its partner at a thousandth of the cloud's width, where alpha x - W y cancels."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 20, generator=generator, dtype=torch.float64) + offset
+    y = x + 1e-3 * torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    weights = make_weights(12, generator)
+    for reg in (1e-2, 1.0):
+        problem = Problem(x, y, weights, weights, metric, reg).to(torch.float32)
+        assert_gradients_as_accurate_as_plain(problem, 5)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_tight_clusters_have_accurate_gradients(triton_backend, monkeypatch, metric):
+    """Several near partners a point, copies among them, over more than one tile."""
+    from otkern.backends.triton import launch
+
+    monkeypatch.setattr(launch, "BACKWARD", {dtype: entries[:1] for dtype, entries in launch.BACKWARD.items()})
+    generator = torch.Generator().manual_seed(2)
+    centres = 3 + torch.randn(4, 20, generator=generator, dtype=torch.float64)
+    x, y = (
+        centres.repeat(5, 1)[:n] + 1e-3 * torch.randn(n, 20, generator=generator, dtype=torch.float64) for n in (18, 20)
+    )
+    y[3] = x[3]
+    problem = Problem(x, y, make_weights(18, generator), make_weights(20, generator), metric, 1e-3)
+    assert_gradients_as_accurate_as_plain(problem.to(torch.float32), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_powers_of_two_change_no_bit_of_cosine(triton_backend, dtype):
+    """Points whose squares overflow or vanish, and a zero vector, against the same directions at ordinary length."""
+    plain = make_inputs([(7, 5), (3, 4)], d=20, dtype=dtype)
+    plain.x_a[0, 2] = 0
+    exponents = (-600, 0, 600) if dtype == torch.float64 else (-90, 0, 90)
+    lengths_x, lengths_y = (
+        2.0 ** torch.tensor(exponents, dtype=torch.float64, device=DEVICE).repeat(x.shape[1])[: x.shape[1], None]
+        for x in (plain.x_a, plain.x_b)
+    )
+    extreme = plain._replace(x_a=plain.x_a * lengths_x.to(dtype), x_b=plain.x_b * lengths_y.to(dtype))
+    results = []
+    for inputs in (plain, extreme):
+        forward = triton_backend.forward(inputs, None, 4, -1.0)
+        f, g, ones = forward[1], forward[2], torch.ones_like(forward[0])
+        dx, dy, *rest = triton_backend.backward(inputs, f, g, ones, (True, True, False, True, True))
+        product = triton_backend.apply(inputs, f, g, torch.ones_like(plain.x_b, dtype=f.dtype), False, True)
+        results.append((*forward, *rest, product, dx, dy))
+    ordinary, scaled = results
+    for ours, theirs in zip(scaled[:-2], ordinary[:-2], strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    for ours, theirs, length in zip(scaled[-2:], ordinary[-2:], (lengths_x, lengths_y), strict=True):
+        assert torch.equal(ours.double() * length, theirs.double())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_extreme_norms_are_as_accurate_in_cosine(triton_backend, scale):
+    inputs = make_inputs([(9, 7)], d=20)
+    inputs = inputs._replace(x_a=inputs.x_a * scale, x_b=inputs.x_b / scale**0.5)
+    actual = triton_backend.forward(inputs, None, 4, -1.0)
+    assert_as_accurate_as_plain(actual, inputs, 4)
+    ones, needs = torch.ones_like(actual[0]), (True, True, False, False, False)
+    dx, dy, *_ = triton_backend.backward(inputs, actual[1], actual[2], ones, needs)
+    exact = reference.backward(in_fp64(inputs), actual[1].double(), actual[2].double(), ones.double(), needs)
+    for ours, truth in zip((dx, dy), exact, strict=False):
+        assert (ours.double() - truth).abs().max() <= 1e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 1, 3)])
+def test_offsets_beyond_32_bits_reach_their_points(triton_backend, shape):
+    """The third row, or the third item, starts after more than 2^31 elements, none of which is ever touched."""
+    apart = 2**30 + 8
+    elements = 2 * apart + 16
+    if DEVICE == "cuda":
+        storage = torch.zeros(elements, dtype=torch.int16, device=DEVICE)
+    else:
+        storage = torch.from_numpy(numpy.zeros(elements, dtype=numpy.int16))
+    strides = (apart, 3, 1) if shape[0] == 3 else (3 * apart, apart, 1)
+    x = storage.view(torch.bfloat16).as_strided(shape, strides)
+    x.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+    y = torch.randn(shape[0], 2, 3, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.bfloat16)
+    reg = torch.ones(shape[0], device=DEVICE)
+    far = Inputs(x, y, None, None, None, reg, None, None, None, None, shape[1], 2, "cosine")
+    near = far._replace(x_a=x.contiguous())
+    for ours, theirs in zip(*(triton_backend.forward(inputs, None, 2, -1.0) for inputs in (far, near)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_round_down_never_loosens_a_tolerance():

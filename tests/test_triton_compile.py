@@ -42,8 +42,12 @@ def cases(torch, everything: bool):
         yield torch.float16, "cosine", True
 
 
-def launches(everything: bool = True):
-    """(label, kernel, arguments) of all that the launcher launches, over dtypes, metrics, layouts and size classes."""
+# Numbers of points at which a grid of one dimension each for items, rows and columns passes what CUDA allows.
+LARGE = ((2_000_000, 3), (3, 2_000_000), (2_000_000, 2_000_000))
+
+
+def launches(everything: bool = True, large: bool = False):
+    """(label, kernel, arguments, grid) of all that the launcher launches, over dtypes, metrics and size classes."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -61,16 +65,17 @@ def launches(everything: bool = True):
     with FakeTensorMode():
         for dtype, metric, regular in cases(torch, everything):
             recorded_before = len(recorded)
-            run_launcher(launch, Inputs, torch, dtype, metric, regular)
+            for sizes in LARGE if large else [(320, 288) if regular else (301, 299)]:
+                run_launcher(launch, Inputs, torch, dtype, metric, regular, *sizes)
             for entry in recorded[recorded_before:]:
                 entry["label"] += f" {str(dtype).split('.')[1]} {metric}{'' if regular else ' irregular'}"
     return recorded
 
 
-def run_launcher(launch, Inputs, torch, dtype, metric, regular: bool) -> None:
+def run_launcher(launch, Inputs, torch, dtype, metric, regular: bool, N: int, M: int) -> None:
     """Forward, backward and apply of a batch that may hold every size class; irregular strides allow no wide loads."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    N, M, D = (320, 288, 64) if regular else (301, 299, 67)
+    D = 64 if regular else 67
 
     def new(*shape, kind=dtype):
         return torch.empty(shape, dtype=kind, device="cuda")
@@ -109,7 +114,8 @@ class Recorder:
     def __getitem__(self, grid):
         def keep(**arguments):
             block = arguments.get("BLOCK", arguments.get("BLOCK_OUT"))
-            self.recorded.append({"label": f"{self.name} {block}", "kernel": self.kernel, "arguments": arguments})
+            label = f"{self.name} {block}"
+            self.recorded.append({"label": label, "kernel": self.kernel, "arguments": arguments, "grid": grid})
 
         return keep
 
@@ -181,11 +187,12 @@ def main() -> None:
     parser.add_argument("--target", type=int, required=True)
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the labels and compile nothing")
+    parser.add_argument("--large", action="store_true", help="with --list: problems of millions of points")
     parser.add_argument("--everything", action="store_true")
     options = parser.parse_args()
     if options.list:
-        for entry in launches(options.everything):
-            print(json.dumps({"label": entry["label"]}))
+        for entry in launches(options.everything, options.large):
+            print(json.dumps({"label": entry["label"], "grid": entry["grid"]}))
     else:
         compile_part(options.target, options.part, options.everything)
 
@@ -240,6 +247,12 @@ def test_all_kernels_are_launched_and_128_points_by_one_program():
     }
     onchip = {tuple(label[1:4]) for label in labels if label[0] == "onchip_forward_kernel"}
     assert onchip >= {("128", "float32", metric) for metric in ("sqeuclidean", "cosine", "cost")}
+
+
+def test_grids_of_large_problems_stay_within_the_limits_of_cuda():
+    records = run_part("", 90, "--list", "--large")
+    assert max(record["grid"][0] for record in records) > 65535
+    assert not [r for r in records if r["grid"][0] >= 2**31 or any(size > 65535 for size in r["grid"][1:])]
 
 
 if __name__ == "__main__":

@@ -14,24 +14,25 @@ from .tiles import LN_2, LOG2_E, RUNTIME_ONLY, cost_tile, item_base, item_span, 
 def cost_forward_kernel(
     x_ptr, y_ptr, sizes_a_ptr, sizes_b_ptr, cost_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
-    stride_item, stride_row, first_item, N, M, D, mode_a, mode_b, metric,
+    stride_item, stride_row, first_item, N, M, D, blocks_a, blocks_b, mode_a, mode_b, metric,
     ONCHIP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of the cost of an item larger than ONCHIP; nothing is written outside the item."""
-    slot = tl.program_id(0)
+    tile = tl.program_id(0)
+    slot = tile // blocks_b // blocks_a
     item = first_item + slot
     start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
     start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
-    first_row = tl.program_id(1) * BLOCK
-    first_col = tl.program_id(2) * BLOCK
+    first_row = tile // blocks_b % blocks_a * BLOCK
+    first_col = tile % blocks_b * BLOCK
     if (tl.maximum(n, m) <= ONCHIP) | (first_row >= n) | (first_col >= m):
         return
     rows = first_row + tl.arange(0, BLOCK)
     cols = first_col + tl.arange(0, BLOCK)
     base_x = item_base(x_ptr, item, start_a, stride_x_b, stride_x_n, mode_a)
     base_y = item_base(y_ptr, item, start_b, stride_y_b, stride_y_n, mode_b)
-    cost, _, _ = cost_tile(
+    cost, _, _, _, _ = cost_tile(
         base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, metric,
         BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
     )  # fmt: skip
@@ -43,7 +44,7 @@ def cost_forward_kernel(
 def half_update_forward_kernel(
     cost_ptr, potential_ptr, init_ptr, out_ptr, old_ptr, gap_ptr,
     w_in_ptr, w_out_ptr, reg_ptr, sizes_in_ptr, sizes_out_ptr, error_ptr, iters_ptr,
-    stride_item, stride_out, stride_in, first_item, N_in, N_out, blocks,
+    stride_item, stride_out, stride_in, first_item, N_in, N_out, blocks, parts,
     mode_in, mode_out, has_w_in, has_w_out, has_init, k, tol,
     ONCHIP: tl.constexpr, ROW_SIDE: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -56,18 +57,18 @@ def half_update_forward_kernel(
     - 1|, because its new potentials are minus the logarithm of the row sums. The column side adds the gaps up, and
     where they are within the tolerance marks the item as finished after k iterations and changes nothing.
     """
-    slot = tl.program_id(0)
+    slot = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     item = first_item + slot
     start_in, n_in = item_span(item, sizes_in_ptr, mode_in, N_in)
     start_out, n_out = item_span(item, sizes_out_ptr, mode_out, N_out)
-    block = tl.program_id(1)
     if (tl.maximum(n_in, n_out) <= ONCHIP) | (block * BLOCK_OUT >= n_out):
         return
     if tl.load(iters_ptr + item) >= 0:
         return
     if not ROW_SIDE:
         if k > 0:
-            error = sum_of_blocks(gap_ptr + slot.to(tl.int64) * blocks, tl.cdiv(n_in, BLOCK_OUT), COMPUTE)
+            error = sum_of_blocks(gap_ptr + slot.to(tl.int64) * parts, tl.cdiv(n_in, BLOCK_OUT), COMPUTE)
             if error <= tol:
                 if block == 0:
                     tl.store(error_ptr + item, error)
@@ -113,7 +114,7 @@ def half_update_forward_kernel(
             gap = tl.sum(tl.where(w > 0, w * tl.abs(ratio - 1.0), 0.0), axis=0)
             if block == 0:
                 gap += tl.sum(lost, axis=0)
-            tl.store(gap_ptr + slot.to(tl.int64) * blocks + block, gap)
+            tl.store(gap_ptr + slot.to(tl.int64) * parts + block, gap)
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def sum_of_blocks(part_ptr, count, COMPUTE: tl.constexpr):
 def finish_forward_kernel(
     f_even_ptr, f_odd_ptr, g_last_ptr, gap_ptr, a_ptr, b_ptr, reg_ptr, sizes_a_ptr, sizes_b_ptr,
     value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
-    first_item, N, M, blocks, mode_a, mode_b, has_a, has_b, max_iter,
+    first_item, N, M, parts, mode_a, mode_b, has_a, has_b, max_iter,
     ONCHIP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Values, gauge and potentials of one item from the potentials of its last iteration.
@@ -148,7 +149,7 @@ def finish_forward_kernel(
     error = tl.load(error_ptr + item)
     if iters < 0:
         iters = max_iter
-        error = sum_of_blocks(gap_ptr + slot.to(tl.int64) * blocks, tl.cdiv(n, ROWS), COMPUTE)
+        error = sum_of_blocks(gap_ptr + slot.to(tl.int64) * parts, tl.cdiv(n, ROWS), COMPUTE)
     last_odd = (iters - 1) % 2
     f_even_ptr += slot.to(tl.int64) * N
     f_odd_ptr += slot.to(tl.int64) * N

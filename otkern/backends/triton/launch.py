@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     precision: str  # of tl.dot on fp32 operands; 16-bit and fp64 operands have only one
-    in_registers: bool = True  # onchip_forward: the cost stays in registers too
+    part: int = 0  # onchip_forward: rows of the cost formed at once, all of them if 0
 
 
 # tf32 alone would lose half of the digits of fp32 input. "ieee" is fp32 multiply-add; "tf32x3" uses the matrix units,
@@ -37,18 +37,18 @@ FORWARD = {
         Launch(16, 32, 1, 1, "ieee"),
         Launch(32, 32, 4, 1, "ieee"),
         Launch(64, 32, 8, 1, "ieee"),
-        Launch(128, 16, 8, 1, "ieee", False),
+        Launch(128, 16, 8, 1, "ieee", 32),
     ),
     torch.bfloat16: (
         Launch(16, 64, 1, 1, "ieee"),
         Launch(32, 64, 4, 1, "ieee"),
         Launch(64, 32, 8, 1, "ieee"),
-        Launch(128, 16, 8, 1, "ieee", False),
+        Launch(128, 16, 8, 1, "ieee", 32),
     ),
     torch.float64: (
         Launch(16, 16, 1, 1, "ieee"),
         Launch(32, 16, 4, 1, "ieee"),
-        Launch(64, 16, 8, 1, "ieee", False),
+        Launch(64, 16, 8, 1, "ieee"),
     ),
 }
 FORWARD[torch.float16] = FORWARD[torch.bfloat16]
@@ -61,11 +61,12 @@ COST = {
     torch.float64: Launch(64, 16, 8, 1, "ieee"),
 }
 # Tiles of the gradients; items beyond the last class loop over tiles of its size. 16-bit gradients are rounded to 8 or
-# 11 bits at the end, so the matrix units' three-pass product is more than they can show.
+# 11 bits at the end, so the matrix units' three-pass product is more than they can show; in the largest tiles it does
+# not fit the registers.
 BACKWARD = {
     torch.float32: (Launch(16, 16, 1, 1, "ieee"), Launch(32, 16, 4, 1, "ieee"), Launch(64, 16, 8, 1, "ieee")),
-    torch.bfloat16: (Launch(16, 32, 1, 1, "tf32x3"), Launch(32, 32, 4, 1, "tf32x3"), Launch(64, 16, 8, 1, "tf32x3")),
-    torch.float64: (Launch(16, 16, 1, 1, "ieee"), Launch(32, 16, 4, 1, "ieee")),
+    torch.bfloat16: (Launch(16, 32, 1, 1, "tf32x3"), Launch(32, 32, 4, 1, "tf32x3"), Launch(64, 16, 8, 1, "ieee")),
+    torch.float64: (Launch(16, 16, 2, 1, "ieee"), Launch(32, 16, 4, 1, "ieee")),
 }
 BACKWARD[torch.float16] = BACKWARD[torch.bfloat16]
 # Gradients of costs, which need no product.
@@ -83,7 +84,11 @@ FINISH_BLOCK = 128
 # Settings that differ on one device: (table name, compute capability, dtype) -> what stands in that table.
 OVERRIDES: dict = {}
 
-# Bounds of the work memory: items whose cost rests in scratch at a time, and elements of the costs in global memory.
+# Of one launch. CUDA bounds the other dimensions of a grid by 65535, so every grid has only the first.
+MAX_PROGRAMS = 2**31 - 1
+
+# Bounds of the work memory: items whose cost passes through scratch at a time, and elements of the costs in global
+# memory.
 SCRATCH_ITEMS = 1024
 SCRATCH_ELEMENTS = 2**28
 
@@ -163,6 +168,13 @@ def onchip_limit(dtype: torch.dtype) -> int:
     return FORWARD[dtype][-1].block
 
 
+def grids(batch: int, blocks: int = 1, most: int = MAX_PROGRAMS):
+    """The launches that cover a batch with `blocks` programs an item, `most` at once: (first item, grid)."""
+    group = max(1, most // blocks)
+    for first in range(0, batch, group):
+        yield first, (min(group, batch - first) * blocks,)
+
+
 def classes(entries: tuple[Launch, ...], largest: int):
     """The size classes that a batch with this largest possible size may hold: (settings, exclusive lower bound)."""
     lower = -1
@@ -199,28 +211,28 @@ def forward(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float) ->
             _forward_onchip(inputs, arguments, entry, lower)
         limit = onchip_limit(points_dtype)
         if largest > limit:
-            group = max(1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b))
-            for first in range(0, inputs.batch, group):
-                _forward_global(inputs, arguments | {"ONCHIP": limit}, first, min(group, inputs.batch - first))
+            for first, (count,) in grids(inputs.batch, 1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b)):
+                _forward_global(inputs, arguments | {"ONCHIP": limit}, first, count)
     return value, f, g, error, iters
 
 
 def _forward_onchip(inputs: Inputs, arguments: dict, entry: Launch, lower: int) -> None:
     kernel = onchip_forward.onchip_forward_kernel
-    group = inputs.batch if entry.in_registers else min(inputs.batch, SCRATCH_ITEMS)
+    through_scratch = entry.part > 0 and inputs.cost is None
+    group = min(inputs.batch, SCRATCH_ITEMS) if through_scratch else inputs.batch
     scratch = arguments["value_ptr"]
-    if not entry.in_registers:
+    if through_scratch:
         scratch = torch.empty((group, entry.block, entry.block), dtype=inputs.compute_dtype, device=inputs.device)
-    for first in range(0, inputs.batch, group):
-        kernel[(min(group, inputs.batch - first),)](
+    for first, grid in grids(inputs.batch, 1, group):
+        kernel[grid](
             **select(arguments, kernel),
             scratch_ptr=scratch,
             first_item=first,
             BLOCK=entry.block,
             LOWER=lower,
+            PART=entry.part or entry.block,
             BLOCK_D=entry.block_d,
             PRECISION=entry.precision,
-            COST_IN_REGISTERS=entry.in_registers,
             **options(entry.warps, entry.stages),
         )
 
@@ -235,14 +247,17 @@ def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> 
     pitch = triton.cdiv(M, 16) * 16
     cost = torch.empty((count, N, pitch), **new)
     f_even, f_odd, g = torch.empty((count, N), **new), torch.empty((count, N), **new), torch.empty((count, M), **new)
-    blocks = max(1, triton.cdiv(N, block_out))
-    gap = torch.empty((count, blocks), **new)
-    arguments = arguments | {"first_item": first, "cost_ptr": cost, "gap_ptr": gap, "blocks": blocks}
+    parts = max(1, triton.cdiv(N, block_out))
+    gap = torch.empty((count, parts), **new)
+    arguments = arguments | {"first_item": first, "cost_ptr": cost, "gap_ptr": gap, "parts": parts}
     arguments |= {"stride_item": N * pitch, "stride_row": pitch}
     if N > 0 and M > 0:
         kernel = global_forward.cost_forward_kernel
-        kernel[(count, triton.cdiv(N, entry.block), triton.cdiv(M, entry.block))](
+        blocks_a, blocks_b = triton.cdiv(N, entry.block), triton.cdiv(M, entry.block)
+        kernel[(count * blocks_a * blocks_b,)](
             **select(arguments, kernel),
+            blocks_a=blocks_a,
+            blocks_b=blocks_b,
             BLOCK=entry.block,
             BLOCK_D=entry.block_d,
             PRECISION=entry.precision,
@@ -255,6 +270,7 @@ def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> 
             "N_out": arguments[size_out],
             "stride_out": stride_out,
             "stride_in": stride_in,
+            "blocks": max(1, triton.cdiv(arguments[size_out], block_out)),
             "ROW_SIDE": side == "a",
             **{name.format("out"): arguments[key.format(side)] for name, key in _SIDE_ARGUMENTS},
             **{name.format("in"): arguments[key.format(other)] for name, key in _SIDE_ARGUMENTS},
@@ -272,9 +288,10 @@ def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> 
     }
     for k in range(arguments["max_iter"] + 1):
         f_new, f_old = (f_odd, f_even) if k % 2 else (f_even, f_odd)
-        kernel[(count, blocks)](**shared, **sides["a"], potential_ptr=g, out_ptr=f_new, old_ptr=f_old, k=k)
+        grid = (count * sides["a"]["blocks"],)
+        kernel[grid](**shared, **sides["a"], potential_ptr=g, out_ptr=f_new, old_ptr=f_old, k=k)
         if k < arguments["max_iter"]:
-            grid = (count, max(1, triton.cdiv(M, block_out)))
+            grid = (count * sides["b"]["blocks"],)
             kernel[grid](**shared, **sides["b"], potential_ptr=f_new, out_ptr=g, old_ptr=g, k=k)
     kernel = global_forward.finish_forward_kernel
     kernel[(count,)](
@@ -333,7 +350,8 @@ def backward(
         arguments = problem_arguments(inputs) | {"dvalue_ptr": dvalue.contiguous()}
         parts = None
         if dreg is not None:
-            parts = torch.empty((inputs.batch, max(1, triton.cdiv(inputs.max_a, 16))), dtype=dtype, device=device)
+            blocks = max(1, triton.cdiv(inputs.max_a, _backward_classes(inputs)[-1].block))
+            parts = torch.empty((inputs.batch, blocks), dtype=dtype, device=device)
         with on_device(device):
             if needs_a or needs_cost or da is not None or needs_reg:
                 dx = dcost if needs_cost else dx_a
@@ -363,43 +381,46 @@ def _backward_side(inputs: Inputs, arguments: dict, dx, dw, parts, n_out: int) -
     elif dx is None or dx.dtype != inputs.compute_dtype:
         sums = unused
     for entry, lower in classes(entries, max(inputs.max_a, inputs.max_b)):
-        kernel[(inputs.batch, max(1, triton.cdiv(n_out, entry.block)))](
-            **select(arguments, kernel),
-            dx_ptr=unused if dx is None else dx,
-            sum_ptr=sums,
-            dw_ptr=unused if dw is None else dw,
-            dreg_ptr=unused if parts is None else parts,
-            stride_dx_b=strides[0],
-            stride_dx_n=strides[1],
-            blocks=0 if parts is None else parts.shape[1],
-            need_x=int(dx is not None),
-            need_w=int(dw is not None),
-            need_reg=int(parts is not None),
-            BLOCK=entry.block,
-            LOWER=lower,
-            UPPER=2**31 - 1 if entry is entries[-1] else entry.block,
-            BLOCK_D=entry.block_d,
-            PRECISION="ieee",
-            PRECISION_PLAN=entry.precision,
-            **options(entry.warps, entry.stages),
-        )
+        # An item of any class but the last is one block.
+        blocks = max(1, triton.cdiv(n_out, entry.block)) if entry is entries[-1] else 1
+        for first, grid in grids(inputs.batch, blocks):
+            kernel[grid](
+                **select(arguments, kernel),
+                dx_ptr=unused if dx is None else dx,
+                sum_ptr=sums,
+                dw_ptr=unused if dw is None else dw,
+                dreg_ptr=unused if parts is None else parts,
+                stride_dx_b=strides[0],
+                stride_dx_n=strides[1],
+                first_item=first,
+                blocks=blocks,
+                parts=0 if parts is None else parts.shape[1],
+                need_x=int(dx is not None),
+                need_w=int(dw is not None),
+                need_reg=int(parts is not None),
+                BLOCK=entry.block,
+                LOWER=lower,
+                UPPER=2**31 - 1 if entry is entries[-1] else entry.block,
+                BLOCK_D=entry.block_d,
+                PRECISION="ieee",
+                PRECISION_PLAN=entry.precision,
+                **options(entry.warps, entry.stages),
+            )
 
 
 def _backward_reg(inputs: Inputs, arguments: dict, parts: Tensor, dreg: Tensor) -> None:
     kernel = plan_backward.reg_backward_kernel
-    blocks = [entry.block for entry in _backward_classes(inputs)]
-    small, medium, large = (blocks + 2 * blocks[-1:])[:3]
-    kernel[(inputs.batch,)](
-        **select(arguments, kernel),
-        part_ptr=parts,
-        dreg_ptr=dreg,
-        parts=parts.shape[1],
-        SMALL=small,
-        MEDIUM=medium,
-        LARGE=large,
-        BLOCK=FINISH_BLOCK,
-        **options(4),
-    )
+    for first, grid in grids(inputs.batch):
+        kernel[grid](
+            **select(arguments, kernel),
+            part_ptr=parts,
+            dreg_ptr=dreg,
+            first_item=first,
+            parts=parts.shape[1],
+            ROWS=_backward_classes(inputs)[-1].block,
+            BLOCK=FINISH_BLOCK,
+            **options(4),
+        )
 
 
 def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
@@ -413,22 +434,26 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
     strides_v, strides_out = v.stride(), out.stride()
     if inputs.packed:
         strides_v, strides_out = (0, *strides_v), (0, *strides_out)
+    blocks = triton.cdiv(arguments["N_out"], entry.block)
     with on_device(inputs.device):
-        kernel[(inputs.batch, triton.cdiv(arguments["N_out"], entry.block))](
-            **select(arguments, kernel),
-            v_ptr=v,
-            out_ptr=out,
-            **{f"stride_v_{axis}": stride for axis, stride in zip("bnd", strides_v, strict=True)},
-            stride_out_b=strides_out[0],
-            stride_out_n=strides_out[1],
-            K=v.shape[-1],
-            times_cost=int(times_cost),
-            BLOCK=entry.block,
-            BLOCK_D=entry.block_d,
-            BLOCK_K=entry.block_d,
-            PRECISION=entry.precision,
-            **options(entry.warps, entry.stages),
-        )
+        for first, grid in grids(inputs.batch, blocks):
+            kernel[grid](
+                **select(arguments, kernel),
+                v_ptr=v,
+                out_ptr=out,
+                **{f"stride_v_{axis}": stride for axis, stride in zip("bnd", strides_v, strict=True)},
+                stride_out_b=strides_out[0],
+                stride_out_n=strides_out[1],
+                first_item=first,
+                blocks=blocks,
+                K=v.shape[-1],
+                times_cost=int(times_cost),
+                BLOCK=entry.block,
+                BLOCK_D=entry.block_d,
+                BLOCK_K=entry.block_d,
+                PRECISION=entry.precision,
+                **options(entry.warps, entry.stages),
+            )
     return out
 
 

@@ -1,10 +1,9 @@
-"""The whole solve of one problem by one program, in one launch: the iterated matrix never leaves the registers."""
+"""The whole solve of one problem by one program, in one launch: its cost and the iterated matrix stay in registers."""
 
 import triton
 import triton.language as tl
 
 from .tiles import (
-    DISTANCE,
     LN_2,
     LOG2_E,
     RUNTIME_ONLY,
@@ -13,7 +12,6 @@ from .tiles import (
     item_span,
     load_weights,
     log2_weights,
-    minus_log2_sum,
 )
 
 # Scalings between 2^-16 and 2^16 of the absorbed potentials are safe: the plan is kept times 2^60, so an entry that was
@@ -29,8 +27,8 @@ def onchip_forward_kernel(
     value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
     first_item, N, M, D, mode_a, mode_b, has_a, has_b, has_init, metric, max_iter, tol,
-    BLOCK: tl.constexpr, LOWER: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, COST_IN_REGISTERS: tl.constexpr,
+    BLOCK: tl.constexpr, LOWER: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One program solves item first_item + p, if it is of this size class, LOWER < max(n, m) <= BLOCK.
 
@@ -38,9 +36,9 @@ def onchip_forward_kernel(
     one p_i K_ij q_j. Of the potentials only g is kept: in a tile of 128 rows a vector over the rows costs 16 registers
     a thread.
 
-    Two 128 x 128 tiles and these vectors do not fit the registers in the layout that the matrix units leave the cost
-    in. There, without COST_IN_REGISTERS, the cost of the item rests in scratch, near in the L2 cache, and is read
-    again only where potentials are absorbed, in the layout that suits the loop.
+    The cost and K are two tiles of registers, and at 128 x 128 just fit. The product of points needs room for its
+    operands beside the result, and leaves it in a layout with more vectors than the loop can have. There the cost is
+    formed PART rows at a time, and passes through scratch into the layout of a load, once, before the first iteration.
     """
     slot = tl.program_id(0)
     item = first_item + slot
@@ -54,60 +52,69 @@ def onchip_forward_kernel(
     reg = tl.load(reg_ptr + item)
     base_x = item_base(x_ptr, item, start_a, stride_x_b, stride_x_n, mode_a)
     base_y = item_base(y_ptr, item, start_b, stride_y_b, stride_y_n, mode_b)
-    tile_ptr = scratch_ptr + slot.to(tl.int64) * (BLOCK * BLOCK)
-    if COST_IN_REGISTERS:
-        cost, _, _ = cost_tile(
+    if PART == BLOCK:
+        cost, _, _, _, _ = cost_tile(
             base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, i, j, n, m, D, metric,
             BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
         )  # fmt: skip
     else:
-        # in parts, because the product holds its operands in registers next to the result
-        ROWS: tl.constexpr = BLOCK // 4 if KIND == DISTANCE else BLOCK // 2
-        for first in range(0, n, ROWS):
-            part = first + tl.arange(0, ROWS)
-            rows_cost, _, _ = cost_tile(
+        tile_ptr = scratch_ptr + slot.to(tl.int64) * (BLOCK * BLOCK)
+        for first in range(0, n, PART):
+            part = first + tl.arange(0, PART)
+            rows_cost, _, _, _, _ = cost_tile(
                 base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, part, j, n, m, D, metric,
-                ROWS, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+                PART, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
             )  # fmt: skip
             tl.store(tile_ptr + part[:, None] * BLOCK + j[None, :], rows_cost)
         tl.debug_barrier()
-        cost = tl.zeros((BLOCK, BLOCK), COMPUTE)
-    solve_item(
-        item, cost, tile_ptr, reg, start_a, start_b, n, m, i, j,
-        a_ptr, b_ptr, g_init_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
-        has_a, has_b, has_init, max_iter, tol, BLOCK, COMPUTE, COST_IN_REGISTERS,
-    )  # fmt: skip
-
-
-@triton.jit
-def solve_item(
-    item, cost, tile_ptr, reg, start_a, start_b, n, m, i, j,
-    a_ptr, b_ptr, g_init_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
-    has_a, has_b, has_init, max_iter, tol, BLOCK: tl.constexpr, COMPUTE: tl.constexpr, COST_IN_REGISTERS: tl.constexpr,
-):  # fmt: skip
-    """The iterations of one item and its results, from its cost."""
+        # rows beyond the item may never have been written
+        cost = tl.load(tile_ptr + i[:, None] * BLOCK + j[None, :], mask=(i < n)[:, None], other=float("inf"))
     a = load_weights(a_ptr, start_a, i, n, has_a, COMPUTE)
     b = load_weights(b_ptr, start_b, j, m, has_b, COMPUTE)
-    if not COST_IN_REGISTERS:
-        cost = load_tile(tile_ptr, i, j, n, BLOCK)
-    # A row that reaches no column of positive weight, or the other way round, takes no part in the iterations.
-    reached_a = tl.min(cost + tl.where(b > 0, 0.0, float("inf"))[None, :], axis=1) < float("inf")
-    reached_b = tl.min(cost + tl.where(a > 0, 0.0, float("inf"))[:, None], axis=0) < float("inf")
-    lost = tl.sum(tl.where(reached_a, 0.0, a), axis=0) + tl.sum(tl.where(reached_b, 0.0, b), axis=0)
     g = tl.zeros((BLOCK,), COMPUTE)
     if has_init:
         g = tl.load(g_init_ptr + start_b + j, mask=j < m, other=0.0)
-    a = tl.where(reached_a, a, 0.0) * PLAN_SCALE
-    b = tl.where(reached_b, b, 0.0) * PLAN_SCALE
+    # An empty side leaves nothing to iterate.
+    tol += tl.where((n == 0) | (m == 0), float("inf"), 0.0)
+    g, error, k = iterate(cost, g, a, b, reg, max_iter, tol, BLOCK, COMPUTE)
 
+    # All that the results need is read or formed again, to keep it out of the registers during the iterations.
+    i = not_before(i, error)
+    j = not_before(j, error)
+    item = not_before(item, error)
+    start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
+    start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
+    a = load_weights(a_ptr, start_a, i, n, has_a, COMPUTE)
+    b = load_weights(b_ptr, start_b, j, m, has_b, COMPUTE)
+    f, g, value, lost = results(cost, g, a, b, tl.load(reg_ptr + item), i < n)
+    tl.store(f_ptr + start_a + i, f, mask=i < n)
+    tl.store(g_ptr + start_b + j, g, mask=j < m)
+    tl.store(value_ptr + item, value)
+    tl.store(error_ptr + item, tl.where(k > 0, error, 0.0) + lost)
+    tl.store(iters_ptr + item, k)
+
+
+@triton.jit
+def unreached(cost, a, b):
+    """Weight of rows that reach no column of positive weight, 0 for the others, and the same of columns."""
+    reached_a = tl.min(cost + tl.where(b > 0, 0.0, float("inf"))[None, :], axis=1) < float("inf")
+    reached_b = tl.min(cost + tl.where(a > 0, 0.0, float("inf"))[:, None], axis=0) < float("inf")
+    return tl.where(reached_a, 0.0, a), tl.where(reached_b, 0.0, b)
+
+
+@triton.jit
+def iterate(cost, g, a, b, reg, max_iter, tol, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+    """The g before the last iteration, the marginal gap after it (without unreached weight) and how many there were."""
+    lost_a, lost_b = unreached(cost, a, b)
+    # the gap that may remain besides the weight that no iteration can move
+    tol -= tl.sum(lost_a, axis=0) + tl.sum(lost_b, axis=0)
+    a = (a - lost_a) * PLAN_SCALE
+    b = (b - lost_b) * PLAN_SCALE
     kernel = tl.zeros((BLOCK, BLOCK), COMPUTE)
     q = tl.zeros((BLOCK,), COMPUTE) + 1.0
     row_sum = tl.zeros((BLOCK,), COMPUTE) + 1.0
     g_last = g
-    error = lost + float("inf")
-    if (n == 0) | (m == 0):
-        error = lost
-        max_iter = 0
+    error = reg + float("inf")
     k = 0
     while (k < max_iter) & (error > tol):
         # p_i = S a_i / sum_j K_ij q_j;  q_j = S b_j / sum_i K_ij p_i
@@ -120,33 +127,33 @@ def solve_item(
         unsafe = tl.sum((~((q >= SCALING_MIN) & (q <= SCALING_MAX))).to(tl.int32), axis=0)
         if (k == 0) | (unsafe > 0):
             # The same iteration once more, in the log domain, then absorb it.
-            if not COST_IN_REGISTERS:
-                cost = load_tile(tile_ptr, not_before(i, error), j, n, BLOCK)
             log_a_l2 = log2_weights(not_before(a, error) * (1.0 / PLAN_SCALE))
             log_b_l2 = log2_weights(not_before(b, error) * (1.0 / PLAN_SCALE))
             f = soft_min(g_last[None, :], cost, log_b_l2[None, :], reg, 1)
             g = soft_min(f[:, None], cost, log_a_l2[:, None], reg, 0)
             exponent = (f[:, None] + g[None, :] - cost) * (LOG2_E / reg)
             kernel = scaled_exp2(exponent + (log_a_l2[:, None] + log_b_l2[None, :]))
-            p = tl.where(a >= 0, 1.0, p)
-            q = tl.where(b >= 0, 1.0, q)
+            p = tl.zeros((BLOCK,), COMPUTE) + 1.0
+            q = tl.zeros((BLOCK,), COMPUTE) + 1.0
         # The row sums of the next iteration are the marginals of this one: S P1 = p (K q).
         row_sum = tl.sum(kernel * q[None, :], axis=1)
         k += 1
         if (tol >= 0) | (k == max_iter):
-            error = tl.sum(tl.abs(p * row_sum - a), axis=0) * (1.0 / PLAN_SCALE) + lost
+            error = tl.sum(tl.abs(p * row_sum - a), axis=0) * (1.0 / PLAN_SCALE)
+    return g_last, error, k
 
-    # The last iteration once more in the log domain: it serves the points of zero weight as well.
-    i = not_before(i, error)
-    if not COST_IN_REGISTERS:
-        cost = load_tile(tile_ptr, i, j, n, BLOCK)
-    a = load_weights(a_ptr, start_a, i, n, has_a, COMPUTE)
-    b = load_weights(b_ptr, start_b, j, m, has_b, COMPUTE)
+
+@triton.jit
+def results(cost, g_last, a, b, reg, row_inside):
+    """Potentials with their gauge, value and unreached weight: the last iteration once more, in the log domain.
+
+    That serves the points of zero weight as well.
+    """
     log_a_l2 = log2_weights(a)
     log_b_l2 = log2_weights(b)
     f = soft_min(g_last[None, :], cost, log_b_l2[None, :], reg, 1)
     g = soft_min(f[:, None], cost, log_a_l2[:, None], reg, 0)
-    unweighted = (a == 0) & (i < n)
+    unweighted = (a == 0) & row_inside
     if tl.sum(unweighted.to(tl.int32), axis=0) > 0:
         f = tl.where(unweighted, soft_min(g[None, :], cost, log_b_l2[None, :], reg, 1), f)
 
@@ -159,25 +166,16 @@ def solve_item(
     shift = tl.where(mass > 0, (bg - af) / tl.where(mass > 0, mass, 1.0), 0.0)
     # value = <a, f> + <b, g> - reg (sum b - sum a sum b)
     value = (af + mass_a * shift) + (bg - mass_b * shift) - reg * (mass_b - mass_a * mass_b)
-    value = tl.where(lost > 0, float("inf"), value)
-    tl.store(f_ptr + start_a + i, f + shift, mask=i < n)
-    tl.store(g_ptr + start_b + j, g - shift, mask=j < m)
-    tl.store(value_ptr + item, value)
-    tl.store(error_ptr + item, error)
-    tl.store(iters_ptr + item, k)
-
-
-@triton.jit
-def load_tile(tile_ptr, i, j, n, BLOCK: tl.constexpr):
-    """The cost of an item from scratch, where rows beyond its length may never have been written."""
-    return tl.load(tile_ptr + i[:, None] * BLOCK + j[None, :], mask=(i < n)[:, None], other=float("inf"))
+    lost_a, lost_b = unreached(cost, a, b)
+    lost = tl.sum(lost_a, axis=0) + tl.sum(lost_b, axis=0)
+    return f + shift, g - shift, tl.where(lost > 0, float("inf"), value), lost
 
 
 @triton.jit
 def not_before(x, known):
     """x itself, in a form that cannot be computed before `known`, which is never negative.
 
-    What is derived from a row index or a weight would otherwise be computed ahead of the loop and occupy registers in
+    What is derived from a row index or a weight would otherwise be computed ahead of a loop and occupy registers in
     it: addresses and masks of a tile as many as the tile.
     """
     return x + (known < 0).to(x.dtype)
@@ -189,7 +187,13 @@ def soft_min(potential, cost, log_weight_l2, reg, AXIS: tl.constexpr):
 
     The difference is taken in the unit of the cost, where it loses least; at small reg both of its terms are large.
     """
-    return minus_log2_sum((potential - cost) * (LOG2_E / reg) + log_weight_l2, AXIS) * LN_2 * reg
+    top = tl.max((potential - cost) * (LOG2_E / reg) + log_weight_l2, axis=AXIS)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    # The exponents are formed a second time, in a form that the compiler cannot recognise: kept, they are a third tile.
+    potential += (tl.max(top, axis=0) == float("inf")).to(potential.dtype)
+    exponent = (potential - cost) * (LOG2_E / reg) + log_weight_l2
+    total = tl.sum(tl.exp2(exponent - tl.expand_dims(top, AXIS)), axis=AXIS)
+    return tl.where(total > 0, -(top + tl.log2(tl.where(total > 0, total, 1.0))) * LN_2 * reg, 0.0)
 
 
 @triton.jit
@@ -198,5 +202,6 @@ def scaled_exp2(x):
 
     Added everywhere it would round exponents of about 1 to the accuracy of those of about 60.
     """
-    low = x < -60.0
-    return tl.exp2(tl.where(low, x + 60.0, x)) * tl.where(low, 1.0, PLAN_SCALE)
+    y = tl.exp2(tl.where(x < -60.0, x + 60.0, x))
+    # Written this way, because as one product with 1 or S it needs a tile of predicates at once, and registers spill.
+    return tl.where(x < -60.0, y, y * PLAN_SCALE)

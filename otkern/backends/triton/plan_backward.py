@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    CLOSE,
     COSINE,
     DISTANCE,
     EUCLIDEAN,
+    INNER,
     LOG2_E,
     MATRIX,
     RUNTIME_ONLY,
@@ -36,7 +38,8 @@ def plan_backward_kernel(
     x_ptr, y_ptr, w_out_ptr, w_in_ptr, reg_ptr, h_out_ptr, h_in_ptr, dvalue_ptr, sizes_out_ptr, sizes_in_ptr,
     dx_ptr, sum_ptr, dw_ptr, dreg_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d, stride_dx_b, stride_dx_n,
-    N_out, N_in, D, blocks, mode_out, mode_in, has_w_out, has_w_in, metric, need_x, need_w, need_reg,
+    first_item, N_out, N_in, D, blocks, parts, mode_out, mode_in, has_w_out, has_w_in, metric,
+    need_x, need_w, need_reg,
     BLOCK: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_PLAN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -49,12 +52,13 @@ def plan_backward_kernel(
         dot          W = d P,             alpha = 0,              beta = 1,  c = 0
         cosine       W_rc = d P_rc / |y_c|,  beta_r = 1 / |x_r|,  c = 0,
                      alpha_r = beta_r^2 sum_c d P_rc (1 - C_rc), the projection onto the sphere
+    In cosine x and y are s x and t y with the powers of two of cost_tile, and the result is multiplied by s.
     KIND MATRIX writes d P itself, to the strides (stride_dx_n, 1).
     """
-    item = tl.program_id(0)
+    item = first_item + tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     start_out, n_out = item_span(item, sizes_out_ptr, mode_out, N_out)
     start_in, n_in = item_span(item, sizes_in_ptr, mode_in, N_in)
-    block = tl.program_id(1)
     size = tl.maximum(n_out, n_in)
     if (size <= LOWER) | (size > UPPER) | (block * BLOCK >= tl.maximum(n_out, 1)):
         return
@@ -74,7 +78,7 @@ def plan_backward_kernel(
         c = first + tl.arange(0, BLOCK)
         w_in = load_weights(w_in_ptr, start_in, c, n_in, has_w_in, COMPUTE)
         h_in = tl.load(h_in_ptr + start_in + c, mask=c < n_in, other=0.0)
-        cost, inverse_x, inverse_y = cost_tile(
+        cost, of_x, of_y, scale_x, scale_y = cost_tile(
             base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, r, c, n_out, n_in, D, metric,
             BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
         )  # fmt: skip
@@ -94,21 +98,27 @@ def plan_backward_kernel(
             else:
                 alpha = tl.zeros((BLOCK,), COMPUTE)
                 beta = alpha + 1.0
+                weight = dplan
+                near_weight = dplan
                 if KIND == DISTANCE:
-                    weight = 2.0 * dplan
+                    # A pair at distance 0 adds nothing to either metric's gradient.
+                    weight = tl.where(cost > 0, 2.0 * dplan, 0.0)
+                    square = cost
                     if metric == EUCLIDEAN:
                         weight = tl.where(cost > 0, dplan / tl.where(cost > 0, cost, 1.0), 0.0)
+                        square = cost * cost
+                    near_weight = weights_of_near_pairs(weight, square, of_x[:, None] + of_y[None, :])
+                    weight = tl.where(near_weight != 0, 0.0, weight)
                     alpha = tl.sum(weight, axis=1)
                 else:
-                    weight = dplan
                     if metric == COSINE:
-                        weight = dplan * inverse_y[None, :]
-                        beta = inverse_x
-                        alpha = inverse_x * inverse_x * tl.sum(dplan * tl.where(plan > 0, 1.0 - cost, 0.0), axis=1)
+                        weight = dplan * of_y[None, :]
+                        beta = of_x
+                        alpha = of_x * of_x * tl.sum(dplan * tl.where(plan > 0, 1.0 - cost, 0.0), axis=1)
                 add_points_gradient(
-                    weight, alpha, beta, base_x, base_y, base_dx, base_sum, stride_x_n, stride_x_d, stride_y_n,
-                    stride_y_d, stride_dx_n, r, c, n_out, n_in, D, first > 0, first + BLOCK >= n_in,
-                    BLOCK_D, KIND, COMPUTE, PRECISION_PLAN,
+                    weight, near_weight, alpha, beta, scale_x, scale_y, base_x, base_y, base_dx, base_sum,
+                    stride_x_n, stride_x_d, stride_y_n, stride_y_d, stride_dx_n, r, c, n_out, n_in, D,
+                    first > 0, first + BLOCK >= n_in, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION_PLAN,
                 )  # fmt: skip
         # another thread may hold this part of the sum when the next tile adds to it
         tl.debug_barrier()
@@ -118,29 +128,72 @@ def plan_backward_kernel(
         dw = d * (h_out + reg * (tl.sum(mass_in, axis=0) - ratio))
         tl.store(dw_ptr + start_out + r, tl.where(d == 0, 0.0, dw), mask=r < n_out)
     if need_reg:
-        tl.store(dreg_ptr + item.to(tl.int64) * blocks + block, tl.sum(entropy, axis=0))
+        tl.store(dreg_ptr + item.to(tl.int64) * parts + block, tl.sum(entropy, axis=0))
+
+
+@triton.jit
+def weights_of_near_pairs(weight, square, scale):
+    """The weights of those pairs whose differences have to be formed one by one, 0 elsewhere; (rows, cols).
+
+    The difference of two products, alpha x - W y, is as accurate as the points are near to c: an error of about
+    eps W |x - c| where the sum of differences has eps W |x - y|. It shows in rows that are pulled by near pairs almost
+    alone; where pairs further away pull as well, their own rounding covers it.
+    """
+    size = tl.abs(weight)
+    pull = tl.sum(tl.where(size > 0, size * square, 0.0), axis=1)
+    from_centre = tl.sum(tl.where(size > 0, size * scale, 0.0), axis=1)
+    near = (pull < CLOSE * from_centre)[:, None] & (square < CLOSE * scale)
+    return tl.where(near, weight, 0.0)
+
+
+@triton.jit
+def near_differences(
+    x, near_weight, y_ptr, cols, stride_y_n, stride_y_d, d0, D,
+    COLS: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """sum_c w_rc (x_r - y_c) for features d0 .. d0 + BLOCK_D, one pair of every row per pass; (rows, BLOCK_D)."""
+    j = tl.arange(0, COLS)
+    first_col = tl.min(cols, axis=0)
+    total = tl.zeros_like(x)
+    near = tl.min(tl.where(near_weight != 0, j[None, :], COLS), axis=1)
+    while tl.min(near, axis=0) < COLS:
+        w = tl.sum(tl.where(j[None, :] == near[:, None], near_weight, 0.0), axis=1)
+        y = load_points(y_ptr, first_col + near, near < COLS, stride_y_n, stride_y_d, d0, D, BLOCK_D).to(COMPUTE)
+        total += w[:, None] * (x - y)
+        later = (near_weight != 0) & (j[None, :] > near[:, None])
+        near = tl.min(tl.where(later, j[None, :], COLS), axis=1)
+    return total
 
 
 @triton.jit
 def add_points_gradient(
-    weight, alpha, beta, x_ptr, y_ptr, dx_ptr, sum_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, stride_dx_n,
-    rows, cols, n, m, D, started, complete, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    weight, near_weight, alpha, beta, scale_x, scale_y, x_ptr, y_ptr, dx_ptr, sum_ptr,
+    stride_x_n, stride_x_d, stride_y_n, stride_y_d, stride_dx_n, rows, cols, n, m, D, started, complete,
+    COLS: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx (+)= alpha (x - c) - beta W (y - c), features in chunks.
+    """dx (+)= alpha (x - c) - beta W (y - c) and the differences of near pairs, features in chunks.
 
     The sum over several tiles is kept in the compute dtype in sum_ptr, and rounded to that of the points at the end.
     """
     col_count = tl.maximum(tl.sum((cols < m).to(tl.int32), axis=0), 1).to(COMPUTE)
+    any_near = tl.max(tl.max((near_weight != 0).to(tl.int32), axis=1), axis=0)
     for d0 in range(0, D, BLOCK_D):
         x = load_points(x_ptr, rows, rows < n, stride_x_n, stride_x_d, d0, D, BLOCK_D).to(COMPUTE)
         y = load_points(y_ptr, cols, cols < m, stride_y_n, stride_y_d, d0, D, BLOCK_D).to(COMPUTE)
+        extra = tl.zeros_like(x)
         if KIND == DISTANCE:
+            if any_near > 0:
+                extra = near_differences(
+                    x, near_weight, y_ptr, cols, stride_y_n, stride_y_d, d0, D, COLS, BLOCK_D, COMPUTE
+                )
             centre = tl.sum(y, axis=0) / col_count
             x -= centre[None, :]
             y -= centre[None, :]
+        if KIND == INNER:
+            x *= scale_x[:, None]
+            y *= scale_y[:, None]
         product = tl.dot(weight, y, input_precision=PRECISION, out_dtype=COMPUTE)  # (rows, BLOCK_D)
-        dx = alpha[:, None] * x - beta[:, None] * product
+        dx = (alpha[:, None] * x - beta[:, None] * product) * scale_x[:, None] + extra
         d = d0 + tl.arange(0, BLOCK_D)
         offsets = rows.to(tl.int64)[:, None] * stride_dx_n + d[None, :]
         inside = (rows < n)[:, None] & (d < D)[None, :]
@@ -155,16 +208,14 @@ def add_points_gradient(
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
 def reg_backward_kernel(
     part_ptr, a_ptr, b_ptr, dvalue_ptr, sizes_a_ptr, sizes_b_ptr, dreg_ptr,
-    N, M, parts, mode_a, mode_b, has_a, has_b,
-    SMALL: tl.constexpr, MEDIUM: tl.constexpr, LARGE: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+    first_item, N, M, parts, mode_a, mode_b, has_a, has_b,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """dreg = d (sum a sum b + sum of the item's parts); the class of the item tells how many parts it left."""
-    item = tl.program_id(0)
+    """dreg = d (sum a sum b + sum of the item's parts), one for each ROWS rows; items of smaller classes have one."""
+    item = first_item + tl.program_id(0)
     start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
     start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
-    size = tl.maximum(n, m)
-    block = tl.where(size <= SMALL, SMALL, tl.where(size <= MEDIUM, MEDIUM, LARGE))
-    count = tl.cdiv(n, block)
+    count = tl.cdiv(n, ROWS)
     index = tl.arange(0, BLOCK)
     mass_a = tl.zeros((BLOCK,), COMPUTE)
     mass_b = tl.zeros((BLOCK,), COMPUTE)
@@ -186,15 +237,15 @@ def plan_apply_kernel(
     x_ptr, y_ptr, w_out_ptr, w_in_ptr, reg_ptr, h_out_ptr, h_in_ptr, v_ptr, sizes_out_ptr, sizes_in_ptr, out_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
     stride_v_b, stride_v_n, stride_v_d, stride_out_b, stride_out_n,
-    N_out, N_in, D, K, mode_out, mode_in, has_w_out, has_w_in, metric, times_cost,
+    first_item, N_out, N_in, D, K, blocks, mode_out, mode_in, has_w_out, has_w_in, metric, times_cost,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """out_r = sum_c P_rc v_c, or sum_c P_rc C_rc v_c, for one block of the "out" side of an item."""
-    item = tl.program_id(0)
+    item = first_item + tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     start_out, n_out = item_span(item, sizes_out_ptr, mode_out, N_out)
     start_in, n_in = item_span(item, sizes_in_ptr, mode_in, N_in)
-    block = tl.program_id(1)
     if block * BLOCK >= n_out:
         return
     r = block * BLOCK + tl.arange(0, BLOCK)
@@ -209,7 +260,7 @@ def plan_apply_kernel(
         c = first + tl.arange(0, BLOCK)
         w_in = load_weights(w_in_ptr, start_in, c, n_in, has_w_in, COMPUTE)
         h_in = tl.load(h_in_ptr + start_in + c, mask=c < n_in, other=0.0)
-        cost, _, _ = cost_tile(
+        cost, _, _, _, _ = cost_tile(
             base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, r, c, n_out, n_in, D, metric,
             BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
         )  # fmt: skip

@@ -21,11 +21,17 @@ CLOSE = tl.constexpr(0.125)
 # Marks a squared distance that has been summed again and is exactly zero.
 TINY = tl.constexpr(1e-37)
 
+# Points whose squared norms lie in this range have products that cannot overflow, and what they lose to underflow is
+# below the rounding of fp32 for up to 2^22 features.
+SAFE_MIN = tl.constexpr(2.0**-80)
+SAFE_MAX = tl.constexpr(2.0**80)
+
 
 # Integers on whose value no code is specialised: each would compile the same kernel several times. What remains are
 # strides, which decide how wide the loads are.
 RUNTIME_ONLY = (
-    *("first_item", "N", "M", "N_out", "N_in", "blocks", "parts", "K", "k", "max_iter", "tol", "metric", "times_cost"),
+    *("first_item", "N", "M", "N_out", "N_in", "blocks", "blocks_a", "blocks_b", "parts"),
+    *("K", "k", "max_iter", "tol", "metric", "times_cost"),
     *("mode_a", "mode_b", "mode_out", "mode_in", "has_a", "has_b", "has_w_out", "has_w_in", "has_init"),
     *("need_x", "need_w", "need_reg"),
 )
@@ -106,39 +112,81 @@ def squared_distance_again(
 
 
 @triton.jit
+def power_of_two(x_ptr, rows, row_inside, stride_n, stride_d, D, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr):
+    """Powers of two that bring the largest entry of each row to at least 2^10, or as near as one factor can.
+
+    Made from the bits of its exponent: exact, and a power of two rounds nothing.
+    """
+    top = tl.zeros_like(rows).to(COMPUTE)
+    for d0 in range(0, D, BLOCK_D):
+        x = load_points(x_ptr, rows, row_inside, stride_n, stride_d, d0, D, BLOCK_D).to(COMPUTE)
+        top = tl.maximum(top, tl.max(tl.abs(x), axis=1))
+    if top.dtype == tl.float64:
+        exponent = top.to(tl.int64, bitcast=True) >> 52
+        scale = (tl.minimum(2 * 1023 + 10 - exponent, 2046) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = top.to(tl.int32, bitcast=True) >> 23
+        scale = (tl.minimum(2 * 127 + 10 - exponent, 254) << 23).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def products(
+    x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, scale_x, scale_y,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """<x, y> of every pair, |x|^2 and |y|^2: of centred points (DISTANCE), of points times their scale (SCALED)."""
+    xy = tl.zeros((ROWS, COLS), COMPUTE)
+    xx = tl.zeros((ROWS,), COMPUTE)
+    yy = tl.zeros((COLS,), COMPUTE)
+    col_count = tl.maximum(tl.sum((cols < m).to(tl.int32), axis=0), 1).to(COMPUTE)
+    for d0 in range(0, D, BLOCK_D):
+        x = load_points(x_ptr, rows, rows < n, stride_x_n, stride_x_d, d0, D, BLOCK_D)
+        y = load_points(y_ptr, cols, cols < m, stride_y_n, stride_y_d, d0, D, BLOCK_D)
+        if SCALED:
+            # exact in 16 bits as well, where the matrix units want them
+            x = (x.to(COMPUTE) * scale_x[:, None]).to(x.dtype)
+            y = (y.to(COMPUTE) * scale_y[:, None]).to(y.dtype)
+        if (KIND == DISTANCE) | WIDEN:
+            x = x.to(COMPUTE)
+            y = y.to(COMPUTE)
+        if KIND == DISTANCE:
+            # Distances do not change when both clouds are shifted; the subtraction must not round to 16 bits.
+            centre = tl.sum(y, axis=0) / col_count
+            x -= centre[None, :]
+            y -= centre[None, :]
+        xy = tl.dot(x, tl.trans(y), xy, input_precision=PRECISION, out_dtype=COMPUTE)
+        xx += tl.sum(x.to(COMPUTE) * x.to(COMPUTE), axis=1)
+        yy += tl.sum(y.to(COMPUTE) * y.to(COMPUTE), axis=1)
+    return xy, xx, yy
+
+
+@triton.jit
 def cost_tile(
     x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, metric,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Cost of the rows against the columns, +inf outside the item, and 1/|x|, 1/|y| (0 for a zero vector).
+    """Cost of the rows against the columns, +inf outside the item, and two numbers per point that the gradients need.
 
-    KIND MATRIX reads x_ptr with the strides (stride_x_n, stride_x_d); the reciprocal norms are then meaningless.
+    INNER: 1 / |s x| (0 for a zero vector) and s, the power of two by which an extreme point is multiplied, else 1.
+    DISTANCE: |x|^2 of the centred points, and 1. MATRIX reads x_ptr with the strides (stride_x_n, stride_x_d).
     16-bit points are multiplied as they are, which is exact, unless WIDEN: the interpreter has no bfloat16 product.
     """
     inside = (rows < n)[:, None] & (cols < m)[None, :]
     xx = tl.zeros((ROWS,), COMPUTE)
     yy = tl.zeros((COLS,), COMPUTE)
+    scale_x = xx + 1.0
+    scale_y = yy + 1.0
     if KIND == MATRIX:
         offsets = rows.to(tl.int64)[:, None] * stride_x_n + cols.to(tl.int64)[None, :] * stride_x_d
         cost = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(COMPUTE)
     else:
-        xy = tl.zeros((ROWS, COLS), COMPUTE)
-        col_count = tl.maximum(tl.sum((cols < m).to(tl.int32), axis=0), 1).to(COMPUTE)
-        for d0 in range(0, D, BLOCK_D):
-            x = load_points(x_ptr, rows, rows < n, stride_x_n, stride_x_d, d0, D, BLOCK_D)
-            y = load_points(y_ptr, cols, cols < m, stride_y_n, stride_y_d, d0, D, BLOCK_D)
-            if (KIND == DISTANCE) | WIDEN:
-                x = x.to(COMPUTE)
-                y = y.to(COMPUTE)
-            if KIND == DISTANCE:
-                # Distances do not change when both clouds are shifted; the subtraction must not round to 16 bits.
-                centre = tl.sum(y, axis=0) / col_count
-                x -= centre[None, :]
-                y -= centre[None, :]
-            xy = tl.dot(x, tl.trans(y), xy, input_precision=PRECISION, out_dtype=COMPUTE)
-            xx += tl.sum(x.to(COMPUTE) * x.to(COMPUTE), axis=1)
-            yy += tl.sum(y.to(COMPUTE) * y.to(COMPUTE), axis=1)
+        xy, xx, yy = products(
+            x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, scale_x, scale_y,
+            ROWS, COLS, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN, False,
+        )  # fmt: skip
         if KIND == DISTANCE:
             # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>  # (ROWS, COLS)
             scale = xx[:, None] + yy[None, :]
@@ -149,19 +197,26 @@ def cost_tile(
             if metric == EUCLIDEAN:
                 cost = tl.sqrt(cost)
         else:
+            unsafe = count_unsafe(xx, rows < n) + count_unsafe(yy, cols < m)
+            # A loop of one pass or none: through an `if` the compiler carries the layout of a later product's operand,
+            # which takes far more registers, back into all that is computed from the tile.
+            for _ in range(0, ((metric == COSINE) & (unsafe > 0)).to(tl.int32)):
+                scale_x = power_of_two(x_ptr, rows, rows < n, stride_x_n, stride_x_d, D, BLOCK_D, COMPUTE)
+                scale_y = power_of_two(y_ptr, cols, cols < m, stride_y_n, stride_y_d, D, BLOCK_D, COMPUTE)
+                xy, xx, yy = products(
+                    x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D,
+                    scale_x, scale_y, ROWS, COLS, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN, True,
+                )  # fmt: skip
             xx = tl.where(xx > 0, 1.0 / tl.sqrt(tl.where(xx > 0, xx, 1.0)), 0.0)
             yy = tl.where(yy > 0, 1.0 / tl.sqrt(tl.where(yy > 0, yy, 1.0)), 0.0)
             cost = -xy
             if metric == COSINE:
                 # normalised after the product: x and y stay in their own dtype for the matrix units
                 cost = 1.0 - xy * xx[:, None] * yy[None, :]
-    return tl.where(inside, cost, float("inf")), xx, yy
+    return tl.where(inside, cost, float("inf")), xx, yy, scale_x, scale_y
 
 
 @triton.jit
-def minus_log2_sum(x, AXIS: tl.constexpr):
-    """-log2 sum 2^x along AXIS, 0 where every term is masked (x = -inf)."""
-    top = tl.max(x, axis=AXIS)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(x - tl.expand_dims(top, AXIS)), axis=AXIS)
-    return tl.where(total > 0, -(top + tl.log2(tl.where(total > 0, total, 1.0))), 0.0)
+def count_unsafe(square, inside):
+    """How many squared norms lie outside the safe range, NaN among them."""
+    return tl.sum((inside & ~((square >= SAFE_MIN) & (square <= SAFE_MAX))).to(tl.int32), axis=0)
