@@ -1,84 +1,183 @@
 """The torch.library ops: schema, fake kernels, autograd. The only place that knows autograd.
 
-``otkern::sinkhorn`` solves a batch, ``otkern::sinkhorn_backward`` is its envelope gradient, and
-``otkern::apply_plan`` multiplies by the plan, ``otkern::plan`` writes it out. Each calls a function of the backend's
-module.
+    otkern::sinkhorn           solves a batch
+    otkern::sinkhorn_backward  sums over the plan for the gradient of the values
+    otkern::plan_backward      sums over the plan with any weights
+    otkern::implicit           the adjoint of the fixed point
+    otkern::unrolled           the adjoint of the iterations
+    otkern::symmetric          the annealed loop of GeomLoss
+    otkern::apply_plan, otkern::plan   products with the plan, and the plan itself
+
+Each calls the function of that name of the backend's module (`sinkhorn`: `forward`, `sinkhorn_backward`: `backward`).
+What the derivatives are made of is in `otkern.gradients`; here they are tied to tensors.
 """
 
 from __future__ import annotations
 
+import warnings
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from otkern import backends
-from otkern.problem import Inputs, check_values, check_warm_start
+from otkern import backends, gradients, second_order
+from otkern.gradients import Gradients
+from otkern.problem import Inputs, PlanWeights, Schedule, check_values, check_warm_start, item_sums, padded
 
 _PROBLEM = (
-    "Tensor? x_a, Tensor? x_b, Tensor? cost, Tensor? a, Tensor? b, Tensor reg, "
+    "Tensor? x_a, Tensor? x_b, Tensor? cost, Tensor? a, Tensor? b, Tensor reg, Tensor? relaxation, "
     "Tensor? lengths_a, Tensor? lengths_b, Tensor? cu_seqlens_a, Tensor? cu_seqlens_b, "
-    "SymInt max_a, SymInt max_b, str metric"
+    "SymInt max_a, SymInt max_b, str metric, str kind, bool entropy"
 )
 _N_PROBLEM = len(Inputs._fields)
+_N_TENSORS = Inputs._fields.index("max_a")
+_N_DIFFERENTIABLE = Inputs._fields.index("lengths_a")
+_ITERATIONS = (
+    "Tensor? g_init, Tensor? eps_start, int max_iter, float tol, float eps_factor, str update, float overrelaxation"
+)
+_SUMS = "(Tensor dx_a, Tensor dx_b, Tensor dcost, Tensor sum_a, Tensor sum_b, Tensor sum_reg)"
 
 _library = torch.library.Library("otkern", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library.define(
-    f"sinkhorn({_PROBLEM}, Tensor? g_init, int max_iter, float tol, bool check, str backend)"
-    " -> (Tensor value, Tensor f, Tensor g, Tensor marginal_error, Tensor n_iters)",
-    tags=_tags,
-)
-_library.define(
-    f"sinkhorn_backward({_PROBLEM}, Tensor f, Tensor g, Tensor dvalue, bool[] needs, str backend)"
-    " -> (Tensor dx_a, Tensor dx_b, Tensor dcost, Tensor da, Tensor db, Tensor dreg)",
-    tags=_tags,
-)
-_library.define(
-    f"apply_plan({_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose, bool times_cost, str backend) -> Tensor",
-    tags=_tags,
-)
 
 
-_library.define(f"plan({_PROBLEM}, Tensor f, Tensor g, str backend) -> Tensor", tags=_tags)
+class Iterations(NamedTuple):
+    """How a batch is iterated: what the forward is called with beside the problem."""
+
+    g_init: Tensor | None = None
+    eps_start: Tensor | None = None
+    max_iter: int = 100
+    tol: float = -1.0  # negative: no stopping
+    eps_factor: float = 1.0
+    update: str = "alternating"
+    overrelaxation: float = 1.0
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """None for the plain iteration."""
+        schedule = Schedule(self.eps_start, self.eps_factor, self.update, self.overrelaxation)
+        plain = self.eps_start is None and self.update == "alternating" and self.overrelaxation == 1
+        return None if plain else schedule
 
 
-def sinkhorn(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float | None, check: bool, backend: str):
-    """(value, f, g, marginal_error, n_iters) of a batch; ``value`` carries the envelope gradient."""
-    return torch.ops.otkern.sinkhorn(*inputs, g_init, max_iter, -1.0 if tol is None else tol, check, backend)
+class Differentiation(NamedTuple):
+    """How what follows from the potentials is differentiated."""
+
+    grad: str = "envelope"  # or "implicit", "unrolled", "detach"
+    tol: float | None = None  # of the implicit solve, relative; None: that of the dtype
+    max_iter: int = 1000
+    iterations: Iterations | None = None  # of "unrolled"
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """What the implicit solve is asked for: what the arithmetic reaches, with room to spare."""
+        return self.tol if self.tol is not None else 1e-10 if dtype == torch.float64 else 1e-5
+
+
+def sinkhorn(inputs: Inputs, iterations: Iterations, check: bool, backend: str):
+    """(value, f, g, multipliers, marginal_error, n_iters) of a batch; ``value`` carries the envelope gradient."""
+    arguments = (*inputs, *iterations, check, backend)
+    if not _dispatched(inputs):
+        return _Sinkhorn.apply(*arguments)
+    return torch.ops.otkern.sinkhorn(*arguments)
 
 
 def apply_plan(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool, backend: str):
-    """P @ v or P^T @ v, with ``times_cost`` (P o C) @ v; differentiable with respect to v."""
+    """P @ v or P^T @ v; differentiable with respect to v, the problem and the potentials.
+
+    With ``times_cost`` (P o C) @ v, which is differentiable with respect to v alone.
+    """
     return torch.ops.otkern.apply_plan(*inputs, f, g, v, transpose, times_cost, backend)
 
 
 def plan(inputs: Inputs, f: Tensor, g: Tensor, backend: str):
-    """The dense plans (B, max_a, max_b), 0 in the padding; not differentiable."""
+    """The dense plans (B, max_a, max_b), 0 in the padding; differentiable."""
     return torch.ops.otkern.plan(*inputs, f, g, backend)
 
 
-def _serving(inputs: Inputs, name: str):
+def linear_value(inputs: Inputs, f: Tensor, g: Tensor, backend: str) -> Tensor:
+    """<P, C> over the real points, (B,); differentiable."""
+    return _LinearValue.apply(*inputs, f, g, backend)
+
+
+def dual_value(inputs: Inputs, value: Tensor, f: Tensor, g: Tensor, multipliers: Tensor, backend: str) -> Tensor:
+    """The value as a function of the problem and of differentiable potentials."""
+    return _DualValue.apply(*inputs, value.detach(), f, g, multipliers, backend)
+
+
+def potentials(inputs: Inputs, f: Tensor, g: Tensor, multipliers: Tensor, how: Differentiation, backend: str):
+    """(f, g, multipliers) with derivatives with respect to the problem."""
+    if inputs.kind == "null" and how.grad != "unrolled":
+        enlarged = second_order.with_null(inputs)
+        f, g = second_order.potentials_with_null(inputs, f.detach(), g.detach(), multipliers.detach())
+        f, g, _ = _Potentials.apply(*enlarged, f, g, torch.zeros_like(multipliers), how, backend)
+        return second_order.potentials_without_null(inputs, f, g)
+    return _Potentials.apply(*inputs, f.detach(), g.detach(), multipliers.detach(), how, backend)
+
+
+def symmetric(
+    inputs: Inputs,
+    eps_start: Tensor,
+    n_steps: Tensor,
+    eps_factor: float,
+    cost_floor: float,
+    n_cross: int,
+    check: bool,
+    backend: str,
+):
+    """(s_a, s_b, ...) of GeomLoss's loop; s_a is differentiable with respect to x_a, s_b to x_b, equation (24)."""
+    loop = (eps_start, n_steps, eps_factor, cost_floor, n_cross)
+    return torch.ops.otkern.symmetric(*inputs, *loop, check, backend)
+
+
+def _dispatched(inputs: Inputs) -> bool:
+    """Whether a call has to pass the dispatcher, which costs as much as a small problem: tracing, modes, subclasses."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) for t in inputs)
+    )
+
+
+def _serving(inputs: Inputs, name: str, schedule: Schedule | None = None):
     backend = backends.load(name)
-    if (reason := backend.can_run(inputs)) is not None:
+    if (reason := backend.can_run(inputs, schedule)) is not None:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
     return backend
 
 
+def _define(name: str, signature: str, kernel, fake) -> None:
+    _library.define(name + signature, tags=_tags)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"otkern::{name}", fake, lib=_library)
+
+
+def _split(args, *more: int):
+    """The problem and what follows it."""
+    return Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+
+
+# ---- the solve -------------------------------------------------------------------------------------------------------
+
+
 def _sinkhorn(*args):
-    inputs, (g_init, max_iter, tol, check, name) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
-    backend = _serving(inputs, name)
+    inputs, rest = _split(args)
+    iterations, (check, name) = Iterations(*rest[:-2]), rest[-2:]
+    backend = _serving(inputs, name, iterations.schedule)
     if check:
         # Inside the op, where data may be read without breaking a compiled graph.
         check_values(inputs)
-        check_warm_start(inputs, g_init)
-    return backend.forward(inputs, g_init, max_iter, tol, check)
+        check_warm_start(inputs, iterations.g_init)
+    return backend.forward(inputs, iterations.g_init, iterations.max_iter, iterations.tol, iterations.schedule, check)
 
 
 def _sinkhorn_fake(*args):
-    inputs = Inputs(*args[:_N_PROBLEM])
+    inputs, _ = _split(args)
     new, dtype = inputs.primary.new_empty, inputs.compute_dtype
     value, marginal_error = new((inputs.batch,), dtype=dtype), new((inputs.batch,), dtype=dtype)
     f, g = new(inputs.shape_f, dtype=dtype), new(inputs.shape_g, dtype=dtype)
-    return value, f, g, marginal_error, new((inputs.batch,), dtype=torch.int32)
+    multipliers, n_iters = new((inputs.batch, 2), dtype=dtype), new((inputs.batch,), dtype=torch.int32)
+    return value, f, g, multipliers, marginal_error, n_iters
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -86,121 +185,406 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            value, f, g, marginal_error, n_iters = _sinkhorn_op(*args)
-        ctx.mark_non_differentiable(f, g, marginal_error, n_iters)
+        if _dispatched(Inputs(*args[:_N_PROBLEM])):
+            with torch._C._AutoDispatchBelowAutograd():
+                value, *rest = _sinkhorn_op(*args)
+        else:
+            value, *rest = _sinkhorn(*args)
+        ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:10], f, g, value)
-        ctx.sizes, ctx.backend = args[10:_N_PROBLEM], args[-1]
-        return value, f, g, marginal_error, n_iters
+        ctx.save_for_backward(*args[:_N_TENSORS], *rest[:3], value)
+        ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
+        return value, *rest
 
     @staticmethod
     def backward(ctx, dvalue, *_):
         need = ctx.needs_input_grad
-        nothing = (None,) * len(need)
         if dvalue is None:
-            return nothing
-        *tensors, f, g, value = ctx.saved_tensors
+            return (None,) * len(need)
+        *tensors, f, g, multipliers, value = ctx.saved_tensors
         inputs = Inputs(*tensors, *ctx.sizes)
-        needs = [need[0], need[1], need[2], need[3] or need[4], need[5]]
         # A problem without a feasible plan has a constant value, +inf, around it.
-        dvalue = torch.where(torch.isfinite(value), dvalue, 0).contiguous()
-        grads = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, dvalue, needs, ctx.backend)
-        return (*(grad if need[i] else None for i, grad in enumerate(grads)), *nothing[len(grads) :])
+        dvalue = torch.where(torch.isfinite(value), dvalue, 0)
+        if torch.is_grad_enabled():
+            # The gradient is to be differentiated again, and then the potentials move with the problem.
+            f, g, multipliers = potentials(inputs, f, g, multipliers, Differentiation(), ctx.backend)
+        grads = gradients.of_value(
+            inputs, f, g, multipliers, dvalue.contiguous(), list(need[:_N_DIFFERENTIABLE]), False, ctx.backend
+        )
+        return _for_problem(grads, need)
+
+
+def _for_problem(grads: Gradients, need) -> tuple:
+    """The gradients of a problem's tensors where they are needed, and None for all that is behind them."""
+    wanted = (g if n else None for g, n in zip(grads[:_N_DIFFERENTIABLE], need, strict=False))
+    return (*wanted, *(None for _ in need[_N_DIFFERENTIABLE:]))
+
+
+# ---- sums over the plan ----------------------------------------------------------------------------------------------
+
+
+def _present(f: Tensor, tensors) -> tuple[Tensor, ...]:
+    # A schema cannot say "Tensor or None" for an output: what is not needed is an empty tensor.
+    return tuple(f.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
 def _sinkhorn_backward(*args):
-    inputs, (f, g, dvalue, needs, name) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
-    grads = _serving(inputs, name).backward(inputs, f, g, dvalue, tuple(needs))
-    # A schema cannot say "Tensor or None" for an output: what is not needed is an empty tensor.
-    return tuple(f.new_empty(0) if grad is None else grad for grad in grads)
+    inputs, (f, g, dvalue, needs, name) = _split(args)
+    return _present(f, _serving(inputs, name).backward(inputs, f, g, dvalue, tuple(needs)))
 
 
-def _sinkhorn_backward_fake(*args):
-    inputs, (f, g, _, needs, _) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
-    wanted = (
-        inputs.x_a if needs[0] else None,
-        inputs.x_b if needs[1] else None,
-        inputs.cost if needs[2] else None,
-        f if needs[3] and inputs.a is not None else None,
-        g if needs[3] and inputs.b is not None else None,
-        inputs.reg if needs[4] else None,
-    )
-    return tuple(f.new_empty(0) if like is None else like.new_empty(like.shape) for like in wanted)
+def _plan_backward(*args):
+    inputs, (f, g, *weights, needs, name) = _split(args)
+    return _present(f, _serving(inputs, name).plan_backward(inputs, f, g, PlanWeights(*weights), tuple(needs)))
+
+
+def _sums_fake(*args):
+    inputs, (f, g, *_, needs, _) = _split(args)
+    like = (inputs.x_a, inputs.x_b, inputs.cost, f, g, inputs.reg)
+    wanted = (needs[0], needs[1], needs[2], needs[3], needs[3], needs[4])
+    return tuple(f.new_empty(0) if not w else t.new_empty(t.shape) for t, w in zip(like, wanted, strict=True))
+
+
+class _SinkhornBackward(torch.autograd.Function):
+    """The sums for the value's gradient; their derivative is formed densely, in torch."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            sums = _sinkhorn_backward_op(*args)
+        f, g, dvalue, needs, _ = args[_N_PROBLEM:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:_N_TENSORS], f, g, dvalue)
+        ctx.sizes, ctx.needs = args[_N_TENSORS:_N_PROBLEM], needs
+        return sums
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        if torch.is_grad_enabled():
+            raise NotImplementedError("third derivatives of an entropic OT value are not supported")
+        *tensors, f, g, dvalue = ctx.saved_tensors
+        inputs = Inputs(*tensors, *ctx.sizes)
+        of_problem, df, dg, ddvalue = second_order.of_value_sums(inputs, f, g, dvalue, ctx.needs, cotangents)
+        nothing = (None,) * (_N_PROBLEM - _N_DIFFERENTIABLE)
+        return (*of_problem, *nothing, df, dg, ddvalue, None, None)
+
+
+# ---- products with the plan ------------------------------------------------------------------------------------------
 
 
 def _apply_plan(*args):
-    inputs, (f, g, v, transpose, times_cost, name) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+    inputs, (f, g, v, transpose, times_cost, name) = _split(args)
     return _serving(inputs, name).apply(inputs, f, g, v, transpose, times_cost)
 
 
 def _apply_plan_fake(*args):
-    inputs, (f, _, v, transpose, _, _) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+    inputs, (f, _, v, transpose, _, _) = _split(args)
     return f.new_empty((*(inputs.shape_g if transpose else inputs.shape_f), v.shape[-1]))
 
 
 def _plan(*args):
-    inputs, (f, g, name) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+    inputs, (f, g, name) = _split(args)
     return _serving(inputs, name).plan(inputs, f, g)
 
 
 def _plan_fake(*args):
-    inputs, (f, _, _) = Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
+    inputs, (f, _, _) = _split(args)
     return f.new_empty((inputs.batch, inputs.max_a, inputs.max_b))
 
 
 class _ApplyPlan(torch.autograd.Function):
-    """The op below autograd; differentiable with respect to v, of which it is a linear map."""
+    """The op below autograd: linear in v, and a function of the problem and the potentials through the plan."""
 
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             out = _apply_plan_op(*args)
-        f, g, _, transpose, times_cost, backend = args[_N_PROBLEM:]
-        ctx.save_for_backward(*args[:10], f, g)
-        ctx.sizes, ctx.rest = args[10:_N_PROBLEM], (not transpose, times_cost, backend)
+        f, g, v, transpose, times_cost, backend = args[_N_PROBLEM:]
+        ctx.save_for_backward(*args[:_N_TENSORS], f, g, v)
+        ctx.sizes, ctx.rest = args[_N_TENSORS:_N_PROBLEM], (transpose, times_cost, backend)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        *tensors, f, g = ctx.saved_tensors
-        dv = apply_plan(Inputs(*tensors, *ctx.sizes), f, g, dout.contiguous(), *ctx.rest)
-        return (*(None for _ in range(_N_PROBLEM + 2)), dv, None, None, None)
+        *tensors, f, g, v = ctx.saved_tensors
+        inputs, (transpose, times_cost, backend) = Inputs(*tensors, *ctx.sizes), ctx.rest
+        need, dout, dv = ctx.needs_input_grad, dout.contiguous(), None
+        if need[_N_PROBLEM + 2]:
+            dv = apply_plan(inputs, f, g, dout, not transpose, times_cost, backend)
+        if not any((*need[:_N_DIFFERENTIABLE], *need[_N_PROBLEM : _N_PROBLEM + 2])):
+            return (*(None for _ in range(_N_PROBLEM + 2)), dv, None, None, None)
+        if times_cost:
+            raise NotImplementedError("(P o C) v is differentiable with respect to v alone")
+        _refuse_second(gradient_of="a product with the plan")
+        at_rows, at_columns = (v, dout) if transpose else (dout, v)
+        dplan = padded(inputs, True, at_rows) @ padded(inputs, False, at_columns).mT
+        grads = gradients.of_plan(inputs, f, g, dplan, list(need[:_N_DIFFERENTIABLE]), backend)
+        return (*_for_problem(grads, need[:_N_PROBLEM]), grads.f, grads.g, dv, None, None, None)
 
 
-class _SinkhornBackward(torch.autograd.Function):
-    """The gradient below autograd, with a backward that raises."""
+class _Plan(torch.autograd.Function):
+    """The op below autograd, and the derivative of the dense plan."""
 
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            return _sinkhorn_backward_op(*args)
+            out = _plan_op(*args)
+        ctx.save_for_backward(*args[:_N_TENSORS], *args[_N_PROBLEM : _N_PROBLEM + 2])
+        ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
+        return out
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, dplan):
+        _refuse_second(gradient_of="a plan")
+        *tensors, f, g = ctx.saved_tensors
+        inputs, need = Inputs(*tensors, *ctx.sizes), ctx.needs_input_grad
+        grads = gradients.of_plan(inputs, f, g, dplan, list(need[:_N_DIFFERENTIABLE]), ctx.backend)
+        return (*_for_problem(grads, need[:_N_PROBLEM]), grads.f, grads.g, None)
+
+
+class _LinearValue(torch.autograd.Function):
+    """<P, C>, and its derivative at fixed potentials and with respect to them."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        inputs, (f, g, backend) = _split(args)
+        ones = f.new_ones((*inputs.shape_g, 1))
+        rows = apply_plan(inputs, f, g, ones, False, True, backend).squeeze(-1)
+        ctx.save_for_backward(*args[:_N_TENSORS], f, g)
+        ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], backend
+        return item_sums(inputs, True, rows)
+
+    @staticmethod
+    def backward(ctx, d):
+        _refuse_second(gradient_of="value_linear")
+        *tensors, f, g = ctx.saved_tensors
+        inputs, need = Inputs(*tensors, *ctx.sizes), ctx.needs_input_grad
+        d = d.contiguous()
+        grads = gradients.of_linear_value(inputs, f, g, d, list(need[:_N_DIFFERENTIABLE]), ctx.backend)
+        return (*_for_problem(grads, need[:_N_PROBLEM]), grads.f, grads.g, None)
+
+
+def _refuse_second(gradient_of: str) -> None:
+    if torch.is_grad_enabled():
         raise NotImplementedError(
-            "second derivatives of an entropic OT value need the implicit gradient, which this release does not have"
+            f"the gradient of {gradient_of} is not differentiable again; second derivatives exist of value"
         )
 
 
-_library.impl("sinkhorn", _sinkhorn, "CompositeExplicitAutograd")
-_library.impl("sinkhorn_backward", _sinkhorn_backward, "CompositeExplicitAutograd")
-_library.impl("apply_plan", _apply_plan, "CompositeExplicitAutograd")
-_library.impl("plan", _plan, "CompositeExplicitAutograd")
-torch.library.register_fake("otkern::sinkhorn", _sinkhorn_fake, lib=_library)
-torch.library.register_fake("otkern::sinkhorn_backward", _sinkhorn_backward_fake, lib=_library)
-torch.library.register_fake("otkern::apply_plan", _apply_plan_fake, lib=_library)
-torch.library.register_fake("otkern::plan", _plan_fake, lib=_library)
+# ---- the potentials as functions of the problem ----------------------------------------------------------------------
+
+
+def _implicit(*args):
+    inputs, (*rest, name) = _split(args)
+    return _serving(inputs, name).implicit(inputs, *rest)
+
+
+def _implicit_fake(*args):
+    inputs, (f, g, *_) = _split(args)
+    n_iters = f.new_empty((inputs.batch,), dtype=torch.int32)
+    return f.new_empty(f.shape), g.new_empty(g.shape), inputs.reg.new_empty(inputs.reg.shape), n_iters
+
+
+def _unrolled(*args):
+    inputs, rest = _split(args)
+    iterations, (df, dg, dmultipliers, name) = Iterations(*rest[:-4]), rest[-4:]
+    backend = _serving(inputs, name, iterations.schedule)
+    return _present(
+        df,
+        backend.unrolled(
+            inputs, iterations.g_init, iterations.max_iter, iterations.tol, iterations.schedule, df, dg, dmultipliers
+        ),
+    )
+
+
+def _unrolled_fake(*args):
+    inputs, _ = _split(args)
+    return tuple(
+        inputs.reg.new_empty(0 if t is None else t.shape, dtype=None if t is None else t.dtype)
+        for t in inputs[:_N_DIFFERENTIABLE]
+    )
+
+
+class _Potentials(torch.autograd.Function):
+    """The identity in the potentials; its backward leads to the problem."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        f, g, multipliers, how, backend = args[_N_PROBLEM:]
+        ctx.set_materialize_grads(False)
+        unrolled = how.iterations if how.grad == "unrolled" else None
+        ctx.save_for_backward(*args[:_N_TENSORS], f, g, multipliers, *(unrolled[:2] if unrolled else (None, None)))
+        ctx.sizes, ctx.how, ctx.backend = args[_N_TENSORS:_N_PROBLEM], how, backend
+        return f.clone(), g.clone(), multipliers.clone()
+
+    @staticmethod
+    def backward(ctx, df, dg, dmultipliers):
+        *tensors, f, g, multipliers, g_init, eps_start = ctx.saved_tensors
+        inputs, how, need = Inputs(*tensors, *ctx.sizes), ctx.how, ctx.needs_input_grad
+        if df is None and dg is None and dmultipliers is None:
+            return (None,) * len(need)
+        _refuse_second(gradient_of="the potentials")
+        df, dg, dmultipliers = (
+            torch.zeros_like(like) if given is None else given.contiguous()
+            for given, like in ((df, f), (dg, g), (dmultipliers, multipliers))
+        )
+        if how.grad == "unrolled":
+            iterations = how.iterations._replace(g_init=g_init, eps_start=eps_start)
+            out = torch.ops.otkern.unrolled(*inputs, *iterations, df, dg, dmultipliers, ctx.backend)
+            return _for_problem(Gradients(*out), need)
+        needs, tol = list(need[:_N_DIFFERENTIABLE]), how.tolerance(f.dtype)
+        grads, residual = gradients.of_potentials(
+            inputs, f, g, multipliers, df, dg, dmultipliers, needs, tol, how.max_iter, ctx.backend
+        )
+        if residual.device.type == "cpu" and not torch.compiler.is_compiling():
+            _warn_of_residual(residual, how)
+        return _for_problem(grads, need)
+
+
+def _warn_of_residual(residual: Tensor, how: Differentiation) -> None:
+    # What fp32 cannot reach is not the caller's mistake.
+    allowed = max(10 * how.tolerance(residual.dtype), 100 * torch.finfo(residual.dtype).eps)
+    if bool((residual > allowed).any()):
+        worst = int(residual.argmax())
+        warnings.warn(
+            f"otkern: the implicit gradient of item {worst} has a relative residual of {float(residual[worst]):.3g} "
+            f"after {how.max_iter} iterations; raise implicit_max_iter, implicit_tol or reg",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _DualValue(torch.autograd.Function):
+    """The identity in the value; its backward leads to the problem and to the potentials."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        value, f, g, multipliers, backend = args[_N_PROBLEM:]
+        ctx.save_for_backward(*args[:_N_TENSORS], value, f, g, multipliers)
+        ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], backend
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, dvalue):
+        _refuse_second(gradient_of='a value with grad="implicit" or "unrolled"')
+        *tensors, value, f, g, multipliers = ctx.saved_tensors
+        inputs, need = Inputs(*tensors, *ctx.sizes), ctx.needs_input_grad
+        dvalue = torch.where(torch.isfinite(value), dvalue, 0).contiguous()
+        needs = list(need[:_N_DIFFERENTIABLE])
+        grads = gradients.of_value(inputs, f, g, multipliers, dvalue, needs, True, ctx.backend)
+        return (*_for_problem(grads, need[:_N_PROBLEM]), None, grads.f, grads.g, grads.multipliers, None)
+
+
+# ---- the loop of GeomLoss --------------------------------------------------------------------------------------------
+
+
+def _symmetric(*args):
+    inputs, (*loop, check, name) = _split(args)
+    backend = _serving(inputs, name)
+    if check:
+        check_values(inputs)
+    return backend.symmetric(inputs, *loop, check)
+
+
+def _symmetric_fake(*args):
+    inputs, _ = _split(args)
+    shapes = (inputs.shape_f, inputs.shape_g) * 3
+    return tuple(inputs.primary.new_empty(shape, dtype=inputs.compute_dtype) for shape in shapes)
+
+
+class _Symmetric(torch.autograd.Function):
+    """The op below autograd; each soft minimum as a function of its own points, all else held fixed."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            s_a, s_b, *rest = _symmetric_op(*args)
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:_N_TENSORS], s_a, s_b, *rest)
+        ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
+        return s_a, s_b, *rest
+
+    @staticmethod
+    def backward(ctx, ds_a, ds_b, *_):
+        need = ctx.needs_input_grad
+        if ds_a is None and ds_b is None:
+            return (None,) * len(need)
+        _refuse_second(gradient_of="GeomLoss's loop")
+        *tensors, s_a, s_b, f, g, r_a, r_b = ctx.saved_tensors
+        inputs, dx_a, dx_b = Inputs(*tensors, *ctx.sizes), None, None
+        if need[0] and ds_a is not None:
+            dx_a = gradients.of_soft_minimum(inputs, s_a, g, r_a, ds_a, True, ctx.backend)
+        if need[1] and ds_b is not None:
+            dx_b = gradients.of_soft_minimum(inputs, f, s_b, r_b, ds_b, False, ctx.backend)
+        return (dx_a, dx_b, *(None for _ in need[2:]))
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+_define(
+    "sinkhorn",
+    f"({_PROBLEM}, {_ITERATIONS}, bool check, str backend)"
+    " -> (Tensor value, Tensor f, Tensor g, Tensor multipliers, Tensor marginal_error, Tensor n_iters)",
+    _sinkhorn,
+    _sinkhorn_fake,
+)
+_define(
+    "sinkhorn_backward",
+    f"({_PROBLEM}, Tensor f, Tensor g, Tensor dvalue, bool[] needs, str backend) -> {_SUMS}",
+    _sinkhorn_backward,
+    _sums_fake,
+)
+_define(
+    "plan_backward",
+    f"({_PROBLEM}, Tensor f, Tensor g, Tensor scale, Tensor? cost_scale, Tensor? dense, Tensor? row, Tensor? col, "
+    f"bool[] needs, str backend) -> {_SUMS}",
+    _plan_backward,
+    _sums_fake,
+)
+_define(
+    "implicit",
+    f"({_PROBLEM}, Tensor f, Tensor g, Tensor? slope_a, Tensor? slope_b, Tensor? extra_a, Tensor? extra_b, "
+    "Tensor u_a, Tensor u_b, bool singular, float tol, int max_iter, str backend)"
+    " -> (Tensor p, Tensor q, Tensor residual, Tensor n_iters)",
+    _implicit,
+    _implicit_fake,
+)
+_define(
+    "unrolled",
+    f"({_PROBLEM}, {_ITERATIONS}, Tensor df, Tensor dg, Tensor dmultipliers, str backend)"
+    " -> (Tensor dx_a, Tensor dx_b, Tensor dcost, Tensor da, Tensor db, Tensor dreg, Tensor drelaxation)",
+    _unrolled,
+    _unrolled_fake,
+)
+_define(
+    "apply_plan",
+    f"({_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose, bool times_cost, str backend) -> Tensor",
+    _apply_plan,
+    _apply_plan_fake,
+)
+_define("plan", f"({_PROBLEM}, Tensor f, Tensor g, str backend) -> Tensor", _plan, _plan_fake)
+_define(
+    "symmetric",
+    f"({_PROBLEM}, Tensor eps_start, Tensor n_steps, float eps_factor, float cost_floor, SymInt n_cross, bool check, "
+    "str backend) -> (Tensor s_a, Tensor s_b, Tensor f, Tensor g, Tensor r_a, Tensor r_b)",
+    _symmetric,
+    _symmetric_fake,
+)
 # Kernels of the autograd key, and not torch.library.register_autograd: that reads the schema anew in every call, which
 # takes longer than a small problem.
 for _name, _function in (
     ("sinkhorn", _Sinkhorn),
     ("sinkhorn_backward", _SinkhornBackward),
     ("apply_plan", _ApplyPlan),
+    ("plan", _Plan),
+    ("symmetric", _Symmetric),
 ):
     _library.impl(_name, _function.apply, "Autograd")
-_sinkhorn_op, _sinkhorn_backward_op, _apply_plan_op = (
+_sinkhorn_op, _sinkhorn_backward_op, _apply_plan_op, _plan_op, _symmetric_op = (
     torch.ops.otkern.sinkhorn.default,
     torch.ops.otkern.sinkhorn_backward.default,
     torch.ops.otkern.apply_plan.default,
+    torch.ops.otkern.plan.default,
+    torch.ops.otkern.symmetric.default,
 )

@@ -1,20 +1,21 @@
 """The validated description of a batch of entropic optimal-transport problems.
 
-This layer reads what a user passed, refuses what is wrong with an error that names the argument, and hands the
-backends one form: a batch, padded or packed, of problems given by points or by costs. It knows no backend.
+One form for all of them: a batch, padded or packed, of problems given by points or by costs. `otkern.arguments` makes
+from what a user passed; here it is checked, and summed over. This layer knows no backend.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
+# What becomes of the marginals: equal to the weights; near them (KL); at most them, with a given total; equal to them
+# together with a null point on each side.
+KINDS = ("balanced", "unbalanced", "partial", "null")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # How far the total masses of a balanced problem may differ, relative to the larger: the rounding of weights that
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     a: Tensor | None  # (B, N) or (T_a,), compute dtype; None: uniform
     b: Tensor | None  # (B, M) or (T_b,)
     reg: Tensor  # (B,), compute dtype
+    relaxation: Tensor | None  # (B, 2): (rho_a, rho_b), (mass, -) or (null cost, -); None for "balanced"
     lengths_a: Tensor | None  # (B,) int32, padded layout
     lengths_b: Tensor | None
     cu_seqlens_a: Tensor | None  # (B + 1,) int32, packed layout
@@ -41,6 +43,10 @@ class Inputs(NamedTuple):
     max_a: int
     max_b: int
     metric: str  # one of METRICS, or "cost"
+    kind: str = "balanced"  # one of KINDS
+    # The plan's KL term refers to the constant exp(-1) in place of a ⊗ b: the entropy of reg_type="entropy". Only where
+    # that changes the plan, "unbalanced" and "partial".
+    entropy: bool = False
 
     @property
     def batch(self) -> int:
@@ -73,9 +79,38 @@ class Inputs(NamedTuple):
     def shape_g(self) -> tuple[int, ...]:
         return (self.x_b.shape[0],) if self.packed else (self.batch, self.max_b)
 
+    def widened(self) -> Inputs:
+        """The same problem with points or costs in the compute dtype, by a differentiable cast."""
+        wide = {name: getattr(self, name) for name in ("x_a", "x_b", "cost")}
+        return self._replace(**{n: None if t is None else t.to(self.compute_dtype) for n, t in wide.items()})
+
     def detach(self) -> Inputs:
         """The same problem with no tensor attached to the autograd graph."""
         return Inputs(*(v.detach() if isinstance(v, Tensor) else v for v in self))
+
+
+class Schedule(NamedTuple):
+    """How the iterations go; the solution they converge to does not depend on it."""
+
+    eps_start: Tensor | None = None  # (B,): iteration k is done at max(reg, eps_start * eps_factor^k), the last at reg
+    eps_factor: float = 1.0
+    update: str = "alternating"  # or "symmetric": both potentials at once, averaged with the ones before
+    overrelaxation: float = 1.0  # f <- f + w (new f - f); 0: w from the observed rate
+
+
+class PlanWeights(NamedTuple):
+    """The weights of a sum over the plan, equation (20): W = P (scale + cost_scale C + dense) + b E row + a E col."""
+
+    scale: Tensor  # (B,)
+    cost_scale: Tensor | None = None  # (B,)
+    dense: Tensor | None = None  # (B, max_a, max_b)
+    row: Tensor | None = None  # like f
+    col: Tensor | None = None  # like g
+
+
+def most_exponent(dtype: torch.dtype) -> float:
+    """Where exponents are cut that only iterations cut short can reach: their exponential keeps room for weights."""
+    return 600.0 if dtype == torch.float64 else 60.0
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,213 +118,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def read_costs(M, a, b, reg, lengths_a, lengths_b) -> tuple[Inputs, bool]:
-    """The `Inputs` of costs ``M`` (N, M) or (B, N, M), and whether the call was batched."""
-    _require_floating("M", M)
-    if M.dim() not in (2, 3):
-        raise ValueError(f"M must have shape (N, M) or (B, N, M), but has shape {tuple(M.shape)}")
-    batched = M.dim() == 3
-    if not batched:
-        _refuse_without_batch(lengths_a=lengths_a, lengths_b=lengths_b)
-        M = M.unsqueeze(0)
-    batch, n, m = M.shape
-    dtype, device = compute_dtype(M.dtype), M.device
-    inputs = Inputs(
-        x_a=None,
-        x_b=None,
-        cost=M,
-        a=_read_weights("a", a, (n,) if not batched else (batch, n), dtype, device, batched),
-        b=_read_weights("b", b, (m,) if not batched else (batch, m), dtype, device, batched),
-        reg=_read_reg(reg, batch, dtype, device),
-        lengths_a=_read_integers("lengths_a", lengths_a, batch, device),
-        lengths_b=_read_integers("lengths_b", lengths_b, batch, device),
-        cu_seqlens_a=None,
-        cu_seqlens_b=None,
-        max_a=n,
-        max_b=m,
-        metric="cost",
-    )
-    return inputs, batched
-
-
-def read_points(
-    X_a, X_b, a, b, reg, metric, lengths_a, lengths_b, cu_seqlens_a, cu_seqlens_b, max_seqlen_a, max_seqlen_b
-) -> tuple[Inputs, bool]:
-    """The `Inputs` of point clouds, unbatched, padded or packed, and whether the call was batched."""
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, but was {metric!r}")
-    _require_floating("X_a", X_a)
-    _require_floating("X_b", X_b)
-    for what in ("dtype", "device"):
-        if getattr(X_a, what) != getattr(X_b, what):
-            raise ValueError(f"X_b must have the {what} of X_a, {getattr(X_a, what)}, but has {getattr(X_b, what)}")
-    if (cu_seqlens_a is None) != (cu_seqlens_b is None):
-        missing = "cu_seqlens_b" if cu_seqlens_b is None else "cu_seqlens_a"
-        raise ValueError(f"{missing} must be given when the other side is packed, but was None")
-    packed = cu_seqlens_a is not None
-    for name, max_seqlen in (("max_seqlen_a", max_seqlen_a), ("max_seqlen_b", max_seqlen_b)):
-        if not packed and max_seqlen is not None:
-            raise ValueError(
-                f"{name} must be None unless cu_seqlens_a and cu_seqlens_b are given, but was {max_seqlen}"
-            )
-    _check_point_shapes(X_a, X_b, packed)
-    dtype, device = compute_dtype(X_a.dtype), X_a.device
-    if packed:
-        for name, lengths in (("lengths_a", lengths_a), ("lengths_b", lengths_b)):
-            if lengths is not None:
-                raise ValueError(f"{name} must be None for a packed batch (cu_seqlens hold the lengths), but was given")
-        cu_seqlens_a = _read_integers("cu_seqlens_a", cu_seqlens_a, None, device)
-        batch = len(cu_seqlens_a) - 1
-        if batch < 0:
-            raise ValueError("cu_seqlens_a must hold at least one offset, but has shape (0,)")
-        cu_seqlens_b = _read_integers("cu_seqlens_b", cu_seqlens_b, batch + 1, device)
-        max_a = _read_max_seqlen("max_seqlen_a", max_seqlen_a, cu_seqlens_a)
-        max_b = _read_max_seqlen("max_seqlen_b", max_seqlen_b, cu_seqlens_b)
-        shape_a, shape_b, batched = (X_a.shape[0],), (X_b.shape[0],), True
-    else:
-        batched = X_a.dim() == 3
-        if not batched:
-            _refuse_without_batch(lengths_a=lengths_a, lengths_b=lengths_b)
-            X_a, X_b = X_a.unsqueeze(0), X_b.unsqueeze(0)
-        batch, max_a, max_b = X_a.shape[0], X_a.shape[1], X_b.shape[1]
-        lengths_a = _read_integers("lengths_a", lengths_a, batch, device)
-        lengths_b = _read_integers("lengths_b", lengths_b, batch, device)
-        shape_a = (batch, max_a) if batched else (max_a,)
-        shape_b = (batch, max_b) if batched else (max_b,)
-    inputs = Inputs(
-        x_a=X_a,
-        x_b=X_b,
-        cost=None,
-        a=_read_weights("a", a, shape_a, dtype, device, batched),
-        b=_read_weights("b", b, shape_b, dtype, device, batched),
-        reg=_read_reg(reg, batch, dtype, device),
-        lengths_a=lengths_a,
-        lengths_b=lengths_b,
-        cu_seqlens_a=cu_seqlens_a,
-        cu_seqlens_b=cu_seqlens_b,
-        max_a=max_a,
-        max_b=max_b,
-        metric=metric,
-    )
-    return inputs, batched
-
-
-def read_potential(name: str, potential, shape: tuple[int, ...], inputs: Inputs, batched: bool) -> Tensor:
-    """A warm-start potential, detached, in the compute dtype and the batched layout."""
-    _require_floating(name, potential)
-    if potential.device != inputs.device:
-        raise ValueError(f"{name} must be on {inputs.device} like the problem, but is on {potential.device}")
-    if not batched:
-        potential = potential.unsqueeze(0)
-    if tuple(potential.shape) != shape:
-        raise ValueError(f"{name} must have the shape {shape} of the weights, but has {tuple(potential.shape)}")
-    return potential.detach().to(inputs.compute_dtype)
-
-
-def _require_floating(name: str, tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, but was {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, but has layout {tensor.layout}")
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, but has dtype {tensor.dtype}")
-
-
-def _refuse_without_batch(**arguments) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"{name} must be None for an unbatched problem, but was given")
-
-
-def _check_point_shapes(X_a: Tensor, X_b: Tensor, packed: bool) -> None:
-    allowed = (2,) if packed else (2, 3)
-    expected = "(sum of lengths, D) for a packed batch" if packed else "(N, D) or (B, N, D)"
-    for name, X in (("X_a", X_a), ("X_b", X_b)):
-        if X.dim() not in allowed:
-            raise ValueError(f"{name} must have shape {expected}, but has shape {tuple(X.shape)}")
-        if X.shape[-1] == 0:
-            raise ValueError(f"{name} must have at least one feature, but has shape {tuple(X.shape)}")
-    if X_a.dim() != X_b.dim() or (X_a.dim() == 3 and X_a.shape[0] != X_b.shape[0]):
-        raise ValueError(f"X_b must have the batch size of X_a, {tuple(X_a.shape)}, but has shape {tuple(X_b.shape)}")
-    if X_a.shape[-1] != X_b.shape[-1]:
-        raise ValueError(f"X_b must have the {X_a.shape[-1]} features of X_a, but has {X_b.shape[-1]}")
-
-
-def _read_weights(name, weights, shape, dtype, device, batched: bool) -> Tensor | None:
-    if weights is None:
-        return None
-    _require_floating(name, weights)
-    if tuple(weights.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, but has shape {tuple(weights.shape)}")
-    if weights.device != device:
-        raise ValueError(f"{name} must be on the device of the points or costs, {device}, but is on {weights.device}")
-    weights = weights.to(dtype)
-    return weights if batched else weights.unsqueeze(0)
-
-
-def _read_reg(reg, batch: int, dtype, device) -> Tensor:
-    if isinstance(reg, Tensor):
-        if tuple(reg.shape) not in ((), (batch,)):
-            raise ValueError(f"reg must be a number or a tensor of shape ({batch},), but has shape {tuple(reg.shape)}")
-        if not reg.dtype.is_floating_point:
-            raise ValueError(f"reg must have a floating-point dtype, but has {reg.dtype}")
-        _require_reachable("reg", reg, device)
-        return reg.to(device=device, dtype=dtype, non_blocking=True).expand(batch)
-    if isinstance(reg, bool) or not isinstance(reg, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
-        raise ValueError(f"reg must be a number or a tensor of shape ({batch},), but was {type(reg).__name__}")
-    if not torch.finfo(dtype).tiny <= reg < math.inf:
-        raise ValueError(f"reg must be positive, not subnormal, and finite, but was {reg}")
-    return torch.full((batch,), reg, dtype=dtype, device=device)
-
-
-def _read_integers(name: str, values, size: int | None, device) -> Tensor | None:
-    if values is None:
-        return None
-    if isinstance(values, Sequence):
-        if not all(isinstance(v, numbers.Integral) and not isinstance(v, bool) for v in values):
-            raise ValueError(f"{name} must hold integers, but was {values!r}")
-        if any(abs(v) >= 2**31 for v in values):
-            raise ValueError(f"{name} must hold integers below 2^31, but was {values!r}")
-        values = torch.tensor(values, dtype=torch.int32)
-    if not isinstance(values, Tensor):
-        raise ValueError(f"{name} must be an integer tensor or a list of integers, but was {type(values).__name__}")
-    if values.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must have dtype int32 or int64, but has {values.dtype}")
-    if values.dim() != 1 or (size is not None and len(values) != size):
-        expected = f"({size},)" if size is not None else "(B + 1,)"
-        raise ValueError(f"{name} must have shape {expected}, but has shape {tuple(values.shape)}")
-    _require_reachable(name, values, device)
-    # Saturating, so that a number beyond int32 is still out of range for the checks that follow.
-    limits = torch.iinfo(torch.int32)
-    values = values if values.dtype == torch.int32 else values.clamp(limits.min, limits.max).to(torch.int32)
-    return values.to(device, non_blocking=True)
-
-
-def _require_reachable(name: str, tensor: Tensor, device) -> None:
-    """Small arguments may live on the host, from where they are copied without waiting; elsewhere is a mistake."""
-    if tensor.device.type not in (device.type, "cpu"):
-        raise ValueError(
-            f"{name} must be on {device} like the points or costs, or on the CPU, but is on {tensor.device}"
-        )
-
-
-def _read_max_seqlen(name: str, max_seqlen, cu_seqlens: Tensor) -> int:
-    if max_seqlen is None:
-        # The one host transfer of this package: launch grids and buffers need the bound as a host integer.
-        return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if len(cu_seqlens) > 1 else 0
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)) or max_seqlen < 0:
-        raise ValueError(f"{name} must be a non-negative integer, but was {max_seqlen!r}")
-    return max_seqlen
-
-
 def check_values(inputs: Inputs) -> None:
     """Raise `ValueError` for values that no problem may hold; reads the data, so it synchronises an accelerator.
 
     Points and costs are left to `check_points`, or to a backend that reads them anyway.
     """
-    reg = inputs.reg
-    bad = ~((reg >= torch.finfo(reg.dtype).tiny) & reg.isfinite())
-    if bool(bad.any()):
+    reg, tiny = inputs.reg, torch.finfo(inputs.reg.dtype).tiny
+    # One pass for what nearly always holds; a NaN fails both comparisons.
+    if inputs.batch and not (reg.amin() >= tiny and reg.amax() < math.inf):
+        bad = ~((reg >= tiny) & reg.isfinite())
         raise ValueError(f"reg must be positive, not subnormal, and finite, but holds {_first_bad(reg, bad)}")
     sides = (
         ("a", inputs.a, inputs.lengths_a, inputs.cu_seqlens_a, inputs.max_a, inputs.shape_f),
@@ -301,16 +138,42 @@ def check_values(inputs: Inputs) -> None:
             raise ValueError(f"lengths_{side} must lie between 0 and {longest}, but holds {bad}")
         if cu_seqlens is not None:
             _check_offsets(side, cu_seqlens, shape[0], longest)
-    if inputs.a is None and inputs.b is None:
-        return
     mass_a, mass_b = (_check_weights(side, weights, inputs, side == "a") for side, weights, *_ in sides)
+    if inputs.relaxation is not None:
+        _check_relaxation(inputs, mass_a, mass_b)
+    elif inputs.a is None and inputs.b is None:
+        return
     gap = (mass_a - mass_b).abs() > MASS_TOLERANCE * torch.maximum(mass_a, mass_b)
-    if bool(gap.any()):
+    if inputs.kind == "unbalanced":
+        gap = gap & inputs.relaxation.isinf().all(1)
+    if inputs.kind in ("balanced", "unbalanced") and bool(gap.any()):
         item = int(gap.nonzero()[0])
         raise ValueError(
             f"a and b must have the same total mass in a balanced problem, but item {item} has "
             f"{float(mass_a[item]):.6g} in a and {float(mass_b[item]):.6g} in b"
         )
+
+
+def _check_relaxation(inputs: Inputs, mass_a: Tensor, mass_b: Tensor) -> None:
+    first = inputs.relaxation[:, 0]
+    if inputs.kind == "unbalanced":
+        bad = ~(inputs.relaxation > 0)
+        if bool(bad.any()):
+            raise ValueError(f"unbalanced must be positive, but holds {_first_bad(inputs.relaxation, bad)}")
+    elif inputs.kind == "partial":
+        # The rounding of weights that sum to the mass passes.
+        most = torch.minimum(mass_a, mass_b) * (1 + MASS_TOLERANCE)
+        bad = ~((first > 0) & (first <= most))
+        if bool(bad.any()):
+            item = int(bad.nonzero()[0])
+            raise ValueError(
+                f"mass must be positive and at most the smaller total of a and b, but item {item} has mass "
+                f"{float(first[item]):.6g} with {float(mass_a[item]):.6g} in a and {float(mass_b[item]):.6g} in b"
+            )
+    else:
+        bad = ~(first > -math.inf)
+        if bool(bad.any()):
+            raise ValueError(f"null_cost must be a number above -inf, but holds {_first_bad(first, bad)}")
 
 
 def check_points(inputs: Inputs) -> None:
@@ -378,6 +241,95 @@ def item_sums(inputs: Inputs, side_a: bool, values: Tensor) -> Tensor:
         width //= 2
         total = total[:, :width] + total[:, width:]
     return total[:, 0]
+
+
+def cost_scale(inputs: Inputs) -> Tensor:
+    """About the largest cost of each item, (B,): where an epsilon schedule starts.
+
+    The diameter of the box around both clouds, as GeomLoss takes it, squared for "sqeuclidean"; 2 for "cosine"; the
+    product of the largest norms for "dot"; the largest finite magnitude of costs. Reads no value on the host.
+    """
+    tiny = torch.finfo(inputs.compute_dtype).tiny
+    if inputs.cost is not None:
+        inside = row_mask(inputs, True).unsqueeze(2) & row_mask(inputs, False).unsqueeze(1) & inputs.cost.isfinite()
+        scale = torch.where(inside, inputs.cost.abs(), 0).to(inputs.compute_dtype)
+        return scale.flatten(1).amax(1).clamp(min=tiny) if scale[0:1].numel() else inputs.reg
+    if inputs.metric == "cosine" or inputs.batch == 0 or inputs.max_a == 0 or inputs.max_b == 0:
+        return torch.full_like(inputs.reg, 2)
+    if inputs.metric == "dot":
+        largest = [torch.where(inside, cloud, 0).norm(dim=2).amax(1) for cloud, inside in _clouds(inputs)]
+        return (largest[0] * largest[1]).clamp(min=tiny)
+    low, top = bounding_box(inputs)
+    diameter = torch.where(top >= low, top - low, 0).norm(dim=1)
+    return (diameter.square() if inputs.metric == "sqeuclidean" else diameter).clamp(min=tiny)
+
+
+def bounding_box(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The least and the largest coordinates of each item's points, of both clouds, (B, D); inf and -inf of none."""
+    clouds = _clouds(inputs)
+    low = torch.minimum(*(torch.where(inside, cloud, math.inf).amin(1) for cloud, inside in clouds))
+    top = torch.maximum(*(torch.where(inside, cloud, -math.inf).amax(1) for cloud, inside in clouds))
+    return low, top
+
+
+def _clouds(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+    """Of each side the points (B, N, D) in the compute dtype, and which are true ones (B, N, 1)."""
+    clouds = []
+    for side_a, points in ((True, inputs.x_a), (False, inputs.x_b)):
+        cloud = padded(inputs, side_a, points.to(inputs.compute_dtype))
+        longest = inputs.max_a if side_a else inputs.max_b
+        inside = torch.arange(longest, device=inputs.device) < item_sizes(inputs, side_a).unsqueeze(1)
+        clouds.append((cloud, inside.unsqueeze(2)))
+    return clouds
+
+
+def spread(inputs: Inputs, side_a: bool, per_item: Tensor) -> Tensor:
+    """A number (B,) of each item at each of its points, in a shape that broadcasts with that side's weights."""
+    if not inputs.packed:
+        return per_item.unsqueeze(1)
+    if inputs.batch == 0:
+        return per_item.new_zeros(inputs.shape_f if side_a else inputs.shape_g)
+    return per_item[item_of_rows(inputs, side_a)]
+
+
+def item_of_rows(inputs: Inputs, side_a: bool) -> Tensor:
+    """The item that each row of a packed batch belongs to."""
+    cu_seqlens = inputs.cu_seqlens_a if side_a else inputs.cu_seqlens_b
+    rows = torch.arange((inputs.shape_f if side_a else inputs.shape_g)[0], device=inputs.device, dtype=torch.int32)
+    item = torch.searchsorted(cu_seqlens, rows, right=True) - 1
+    return item.clamp(0, max(inputs.batch - 1, 0))
+
+
+def weights_of(inputs: Inputs, side_a: bool) -> Tensor:
+    """The weights of one side, uniform ones included, 0 in the padding; differentiable."""
+    weights = inputs.a if side_a else inputs.b
+    if weights is None:
+        shape = inputs.shape_f if side_a else inputs.shape_g
+        sizes = item_sizes(inputs, side_a).clamp(min=1).to(inputs.compute_dtype)
+        weights = spread(inputs, side_a, 1 / sizes).expand(shape)
+    return weights if inputs.packed else torch.where(row_mask(inputs, side_a), weights, 0)
+
+
+def padded(inputs: Inputs, side_a: bool, values: Tensor) -> Tensor:
+    """Rows of one side, (B, N) or (sum of lengths,) and any further axes, as (B, N, ...) with zeros in the padding."""
+    longest = inputs.max_a if side_a else inputs.max_b
+    inside = torch.arange(longest, device=inputs.device) < item_sizes(inputs, side_a).unsqueeze(1)
+    if inputs.packed:
+        starts = (inputs.cu_seqlens_a if side_a else inputs.cu_seqlens_b)[:-1]
+        index = torch.where(inside, starts.unsqueeze(1) + torch.arange(longest, device=inputs.device), 0)
+        values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])[index]
+    return torch.where(inside.reshape(*inside.shape, *[1] * (values.dim() - 2)), values, 0)
+
+
+def unpadded(inputs: Inputs, side_a: bool, values: Tensor) -> Tensor:
+    """The inverse of `padded`: (B, N, ...) in the layout of that side's rows."""
+    if not inputs.packed:
+        return values
+    if inputs.batch == 0:
+        return values.new_zeros((*(inputs.shape_f if side_a else inputs.shape_g), *values.shape[2:]))
+    item = item_of_rows(inputs, side_a)
+    starts = (inputs.cu_seqlens_a if side_a else inputs.cu_seqlens_b)[:-1]
+    return values[item, torch.arange(len(item), device=inputs.device) - starts[item]]
 
 
 def item_sizes(inputs: Inputs, side_a: bool) -> Tensor:

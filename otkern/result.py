@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otkern import alignment, ops
-from otkern.problem import Inputs, item_sums, masses, row_mask
+from otkern import alignment, ops, second_order
+from otkern.problem import Inputs, masses, row_mask
 
 # Without a tolerance of the user's, a problem counts as converged below this marginal error per unit of mass.
 DEFAULT_TOLERANCE = 1e-3
@@ -24,8 +24,8 @@ class OTResult:
     one entry a point is packed as well, and what is a matrix is padded to (B, max_seqlen_a, max_seqlen_b).
 
     Attributes:
-        value: (B,), the optimal objective (the dual objective when iterations were cut short); differentiable by the
-            envelope theorem. ``+inf`` for a problem without a feasible plan.
+        value: (B,), the optimal objective (the dual objective when iterations were cut short); differentiable, twice
+            with ``grad="envelope"``. ``+inf`` for a problem without a feasible plan.
         n_iters: (B,) int32, full iterations done.
     """
 
@@ -36,14 +36,19 @@ class OTResult:
         value: Tensor,
         f: Tensor,
         g: Tensor,
+        multipliers: Tensor,
         marginal_error: Tensor,
         n_iters: Tensor,
         tol: float | None,
         batched: bool,
         backend: str,
+        differentiation: ops.Differentiation,
+        self_potentials: tuple[Tensor, Tensor] | None = None,
     ):
-        self._inputs = inputs.detach()
-        self._value, self._f, self._g = value, f, g
+        self._inputs, self._how = inputs, differentiation
+        # Of (a, a) and (b, b), where the value is debiased; it then comes differentiable as it is to be.
+        self._self_potentials = self_potentials
+        self._value, self._f, self._g, self._multipliers = value, f, g, multipliers
         self._marginal_error, self._n_iters = marginal_error, n_iters
         self._tol, self._batched, self._backend = tol, batched, backend
         self._plan: Tensor | None = None
@@ -53,6 +58,13 @@ class OTResult:
         self._warned = tol is None or torch.compiler.is_compiling()
         if f.device.type == "cpu":
             self._warn_where_not_converged()
+        if self._how.grad in ("implicit", "unrolled") and self_potentials is None:
+            attached, f, g, multipliers = self._attached()
+            self._value = ops.dual_value(attached, value, f, g, multipliers, backend)
+
+    def add_to_value(self, constant: Tensor) -> None:
+        """Add a differentiable term that does not depend on the plan, (B,); no value of +inf changes."""
+        self._value = torch.where(self._value.isposinf(), self._value, self._value + constant)
 
     def __repr__(self) -> str:
         shape = f"batch={self._inputs.batch}, " if self._batched else ""
@@ -80,23 +92,33 @@ class OTResult:
 
     @property
     def potential_a(self) -> Tensor:
-        """(B, N), f in cost units, with P = a b exp((f + g - C) / reg) and <a, f> = <b, g>; 0 in the padding."""
-        return self._squeeze(self._guard(self._f, "potentials"))
+        """(B, N), f in cost units, with P = a b exp((f + g - C) / reg); 0 in the padding. Differentiable.
+
+        In a balanced problem <a, f> = <b, g>.
+        """
+        return self._squeeze(self._potentials()[0])
 
     @property
     def potential_b(self) -> Tensor:
         """(B, M), g in cost units."""
-        return self._squeeze(self._guard(self._g, "potentials"))
+        return self._squeeze(self._potentials()[1])
 
     @property
     def potentials(self) -> tuple[Tensor, Tensor]:
         """(f, g); what ``potentials_init`` takes."""
-        return self.potential_a, self.potential_b
+        f, g, _ = self._potentials()
+        return self._squeeze(f), self._squeeze(g)
+
+    @property
+    def self_potentials(self) -> tuple[Tensor, Tensor] | None:
+        """(B, N) of the problem (a, a) and (B, M) of (b, b) where the value is debiased, else None; no gradient."""
+        pair = self._self_potentials
+        return None if pair is None else (self._squeeze(pair[0]), self._squeeze(pair[1]))
 
     @property
     def plan(self) -> Tensor:
-        """(B, N, M), built on demand, 0 in the padding. Not differentiable in this release: backward raises."""
-        return self._squeeze(self._guard(self._dense_plan, "plan"))
+        """(B, N, M), built on demand, 0 in the padding; differentiable."""
+        return self._squeeze(self._dense_plan)
 
     @property
     def plan_operator(self) -> PlanOperator:
@@ -105,32 +127,40 @@ class OTResult:
 
     @property
     def marginal_a(self) -> Tensor:
-        """(B, N), P 1; not differentiable in this release."""
-        return self._squeeze(self._guard(self._apply(self._ones(False), False).squeeze(-1), "marginal_a"))
+        """(B, N), P 1; differentiable."""
+        return self._squeeze(self._apply(self._ones(False), False).squeeze(-1))
 
     @property
     def marginal_b(self) -> Tensor:
-        """(B, M), P^T 1; not differentiable in this release."""
-        return self._squeeze(self._guard(self._apply(self._ones(True), True).squeeze(-1), "marginal_b"))
+        """(B, M), P^T 1; differentiable."""
+        return self._squeeze(self._apply(self._ones(True), True).squeeze(-1))
+
+    @property
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """``(marginal_a, marginal_b)``."""
+        return self.marginal_a, self.marginal_b
 
     @property
     def value_linear(self) -> Tensor:
-        """(B,), the transport cost <P, C>, ``+inf`` without a feasible plan; not differentiable in this release."""
-        rows = self._apply(self._ones(False), False, times_cost=True).squeeze(-1)
-        sums = item_sums(self._inputs, True, rows)
-        infeasible = self._value.detach().isposinf()
-        return self._squeeze(self._guard(torch.where(infeasible, self._value.detach(), sums), "value_linear"))
+        """(B,), the transport cost <P, C> and of null points, ``+inf`` without a feasible plan; differentiable."""
+        self._check_unchanged()
+        inputs, f, g, multipliers = self._attached()
+        linear = ops.linear_value(inputs, f, g, self._backend)
+        if inputs.kind == "null":
+            linear = linear + second_order.null_cost_moved(inputs, f, g, multipliers)
+        value = self._value.detach()
+        return self._squeeze(torch.where(value.isposinf(), value, linear))
 
     def barycentric_map(self, target: Tensor | None = None) -> Tensor:
         """Where each point of side a is sent: the mean of the targets under its row of the plan.
 
         Args:
             target: values at the points of side b, (B, M, K) or packed (sum of lengths, K); default the points X_b
-                themselves; or one value each, (B, M) or (sum of lengths,). Differentiable with respect to a
-                ``target`` that is passed.
+                themselves; or one value each, (B, M) or (sum of lengths,).
 
         Returns:
-            (B, N, K), or (B, N), in the compute dtype; 0 for a point without mass and in the padding.
+            (B, N, K), or (B, N), in the compute dtype; 0 for a point without mass and in the padding. Differentiable
+            with respect to the target and the problem.
 
         Raises:
             ValueError: no ``target`` for a problem given by costs, or one of another shape.
@@ -147,15 +177,35 @@ class OTResult:
 
     def match(self, method: str = "mutual", **options: Any) -> Tensor:
         """Hard alignments of the plan, (B, N, M) bool; methods and options of `otkern.alignment.match`."""
-        return self._squeeze(alignment.match(self._dense_plan, method, **options))
+        return self._squeeze(alignment.match(self._dense_plan.detach(), method, **options))
 
     @property
     def _dense_plan(self) -> Tensor:
         # Not functools.cached_property: its lock cannot be traced by torch.compile before Python 3.12.
+        inputs, f, g, _ = self._attached()
+        if f.requires_grad:
+            # Formed anew each time, so that each can be differentiated.
+            self._check_unchanged()
+            return ops.plan(inputs, f, g, self._backend)
         if self._plan is None:
             self._check_unchanged()
-            self._plan = ops.plan(self._inputs, self._f, self._g, self._backend)
+            self._plan = ops.plan(inputs.detach(), f, g, self._backend)
         return self._plan
+
+    def _potentials(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(f, g, multipliers), attached to the problem where that asks for gradients."""
+        return self._attached()[1:]
+
+    def _attached(self) -> tuple[Inputs, Tensor, Tensor, Tensor]:
+        """The problem and its potentials, for what is differentiated through both."""
+        raw = self._f, self._g, self._multipliers
+        if self._how.grad == "detach" or not torch.is_grad_enabled():
+            return self._inputs, *raw
+        if not any(t.requires_grad for t in self._inputs if isinstance(t, Tensor)):
+            return self._inputs, *raw
+        # The two ways that a gradient takes nearly cancel: they must meet before anything is rounded to 16 bits.
+        inputs = self._inputs.widened()
+        return inputs, *ops.potentials(inputs, *raw, self._how, self._backend)
 
     def _check_unchanged(self) -> None:
         """What is computed on demand needs the tensors as they were; `torch.optim` steps, for one, change points."""
@@ -171,12 +221,13 @@ class OTResult:
     def _tensors(self) -> list[tuple[str, Tensor]]:
         inputs = self._inputs
         named = {"X_a": inputs.x_a, "X_b": inputs.x_b, "M": inputs.cost, "a": inputs.a, "b": inputs.b}
-        named |= {"reg": inputs.reg, "potential_a": self._f, "potential_b": self._g}
+        named |= {"reg": inputs.reg, "relaxation": inputs.relaxation, "potential_a": self._f, "potential_b": self._g}
         return [(name, tensor) for name, tensor in named.items() if tensor is not None]
 
-    def _apply(self, v: Tensor, transpose: bool, times_cost: bool = False) -> Tensor:
+    def _apply(self, v: Tensor, transpose: bool) -> Tensor:
         self._check_unchanged()
-        return ops.apply_plan(self._inputs, self._f, self._g, v, transpose, times_cost, self._backend)
+        inputs, f, g, _ = self._attached()
+        return ops.apply_plan(inputs, f, g, v, transpose, False, self._backend)
 
     def _ones(self, side_a: bool) -> Tensor:
         potential = self._f if side_a else self._g
@@ -187,12 +238,6 @@ class OTResult:
 
     def _unsqueeze(self, tensor: Tensor) -> Tensor:
         return tensor if self._batched else tensor.unsqueeze(0)
-
-    def _guard(self, tensor: Tensor, name: str) -> Tensor:
-        """``tensor``, but with a backward that raises where the problem's inputs ask for a gradient."""
-        if not self._value.requires_grad:
-            return tensor
-        return _Attach.apply(tensor, _NotDifferentiable.apply(self._value, name))
 
     def _converged(self) -> Tensor:
         tolerance = DEFAULT_TOLERANCE * masses(self._inputs, True) if self._tol is None else self._tol
@@ -236,7 +281,7 @@ class PlanOperator:
 
     ``op @ v`` takes v (B, M, K), (B, M) or, for a packed batch, (sum of lengths, K) or (sum of lengths,), of any
     floating dtype, and returns P v in the compute dtype; ``op.T @ u`` returns P^T u. Differentiable with respect to
-    v; a gradient with respect to the problem raises in this release.
+    v and, through a matrix of the plan's size, to the problem.
     """
 
     def __init__(self, result: OTResult, transpose: bool = False):
@@ -273,33 +318,5 @@ class PlanOperator:
         columns = columns.unsqueeze(-1) if vector else columns
         # Padding may hold anything, and 0 * NaN is NaN.
         columns = torch.where(row_mask(result._inputs, self._transpose).unsqueeze(-1), columns, 0)
-        out = result._squeeze(result._guard(result._apply(columns, self._transpose), "plan_operator"))
+        out = result._squeeze(result._apply(columns, self._transpose))
         return out.squeeze(-1) if vector else out
-
-
-class _NotDifferentiable(torch.autograd.Function):
-    """Stands for the value in the graph of a result that has no derivative with respect to the problem."""
-
-    @staticmethod
-    def forward(ctx, value, name):
-        ctx.name = name
-        return value.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"{ctx.name} is not differentiable in this release (it needs the implicit gradient); "
-            'solve with grad="detach" to use it as a constant'
-        )
-
-
-class _Attach(torch.autograd.Function):
-    """The identity in ``tensor``; a gradient with respect to the problem runs into ``guard``: no silent zero."""
-
-    @staticmethod
-    def forward(ctx, tensor, guard):
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, grad.new_zeros(())

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from otkern import backends, ops
-from otkern.problem import Inputs, item_sizes, item_sums, masses, read_costs, read_points, read_potential, row_mask
+from otkern import backends, ops, stacking
+from otkern.arguments import is_number, read_costs, read_points, read_potential, read_relaxation
+from otkern.problem import Inputs, cost_scale, item_sizes, item_sums, masses, row_mask
 from otkern.result import OTResult
 
 Integers = Tensor | Sequence[int]
+Number = float | Tensor
 REG_TYPES = ("KL", "entropy")
-GRADS = ("envelope", "detach")
-
-# Options of the interface that this release does not serve, and what each would be.
-_LATER = {
-    "unbalanced": "unbalanced transport (KL-relaxed marginals)",
-    "mass": "partial transport of a fixed mass",
-    "null_cost": "a null row and column",
-    "scaling": "an epsilon schedule",
-}
+GRADS = ("envelope", "implicit", "unrolled", "detach")
+UPDATES = ("alternating", "symmetric")
 
 
 def solve(
@@ -36,15 +30,18 @@ def solve(
     reg_type: str = "KL",
     lengths_a: Integers | None = None,
     lengths_b: Integers | None = None,
-    unbalanced: None = None,
-    mass: None = None,
-    null_cost: None = None,
+    unbalanced: Number | tuple[Number | None, Number | None] | None = None,
+    mass: Number | None = None,
+    null_cost: Number | None = None,
     max_iter: int = 100,
     tol: float | None = None,
     scaling: float | None = None,
     update: str = "alternating",
+    overrelaxation: float | str | None = None,
     potentials_init: tuple[Tensor, Tensor] | None = None,
     grad: str = "envelope",
+    implicit_tol: float | None = None,
+    implicit_max_iter: int = 1000,
     backend: str | None = None,
     check: bool | None = None,
 ) -> OTResult:
@@ -52,7 +49,8 @@ def solve(
 
     Minimises :math:`\langle P, C\rangle + \varepsilon\,\mathrm{KL}(P \mid a\otimes b)` over plans with
     :math:`P\mathbf 1 = a`, :math:`P^\top\mathbf 1 = b` by Sinkhorn's iterations in the log domain (Cuturi 2013;
-    Peyré and Cuturi 2019, section 4.4; equations (2) to (6) of ``docs/derivations.md``).
+    Peyré and Cuturi 2019, section 4.4; equations (2) to (6) of ``docs/derivations.md``). At most one of ``unbalanced``,
+    ``mass`` and ``null_cost`` relaxes the marginals (equations (12) to (17)).
 
     Args:
         M: the cost C, (N, M) or (B, N, M); float64, float32, bfloat16 or float16. ``+inf`` forbids a pair.
@@ -65,19 +63,35 @@ def solve(
         lengths_a: (B,) integers, true number of rows of each item of a padded batch. What stands in the padding,
             NaN included, has no influence and gets a gradient of exactly 0. None: all N.
         lengths_b: (B,) integers, true number of columns.
-        unbalanced: not in this release; must be None.
-        mass: not in this release; must be None.
-        null_cost: not in this release; must be None.
+        unbalanced: rho in ρ_a KL(P1 | a) + ρ_b KL(Pᵀ1 | b), which then stand in place of the constraints, in the unit
+            of the cost, > 0: a number or a (B,) tensor for both sides, or a pair for one each. ``inf`` (or None in a
+            pair) keeps that side balanced. Total masses may differ unless both sides are balanced.
+        mass: total mass to move, a number or a (B,) tensor, > 0 and at most the smaller total of ``a`` and ``b``:
+            the marginals are then at most ``a`` and ``b`` (partial transport).
+        null_cost: price, in the unit of the cost, at which a point may stay unmatched: one more row of mass Σb and one
+            more column of mass Σa, with this cost everywhere and 0 in their corner. A number or a (B,) tensor.
+            ``plan``, potentials and marginals are those of the real points.
         max_iter: full iterations at most, and exactly that many without ``tol``; >= 1.
         tol: stop each problem by itself once the L1 gap between the plan's marginals and (a, b) is <= ``tol``.
             None: no stopping.
-        scaling: not in this release; must be None.
-        update: ``"alternating"``; ``"symmetric"`` is not in this release.
+        scaling: in (0, 1): epsilon starts at the scale of the cost (the squared or plain diameter of the clouds'
+            bounding box, the range of the other metrics, or the largest finite cost) and falls by this factor for
+            each unit of length (its square for ``"sqeuclidean"``) until ``reg``, one iteration for each value. The
+            last of ``max_iter`` is always done at ``reg``, and ``tol`` counts from there on.
+        update: ``"alternating"``, f from g and then g from f; or ``"symmetric"``, both at once and averaged with those
+            before, as GeomLoss does; the last iteration is alternating in both.
+        overrelaxation: factor in [1, 2) by which each update goes beyond the plain one; ``"auto"``: plain iterations
+            until the rate of convergence is known, then the factor that is best for it, less if errors rise. None: 1.
         potentials_init: warm start, a pair (f, g) of potentials in cost units. An iteration begins with f from g,
-            so only g has an influence.
-        grad: ``"envelope"``: ``value`` is differentiable with respect to M, a, b and a tensor ``reg``, as the dual
-            objective at fixed potentials; ``"detach"``: nothing is. ``"implicit"`` and ``"unrolled"`` are not in this
-            release.
+            so only g has an influence (``"symmetric"`` and ``overrelaxation`` included, where f follows from it first).
+        grad: how results depend on M, a, b and tensors among ``reg``, ``unbalanced``, ``mass`` and ``null_cost``.
+            ``"envelope"``: ``value`` as the dual objective at fixed potentials, everything else by implicit
+            differentiation of the fixed point; ``"implicit"``: the value as well; ``"unrolled"``: everything by the
+            exact derivative of the iterations that ran (only the potentials of each are kept); ``"detach"``: nothing
+            is differentiable. The table in ``docs/gradients.md`` says what is exact when.
+        implicit_tol: relative residual at which the linear solve of an implicit gradient stops; None: 1e-10 in
+            float64, else 1e-5.
+        implicit_max_iter: its iterations at most; a solve that stops here warns.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; None: the fastest that can run here.
         check: whether to check the values of the arguments, not only their shapes. Default: where that does not
             synchronise an accelerator, which is on CPU tensors.
@@ -99,9 +113,14 @@ def solve(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
-    _refuse_later(unbalanced=unbalanced, mass=mass, null_cost=null_cost, scaling=scaling, update=update, grad=grad)
     inputs, batched = read_costs(M, a, b, reg, lengths_a, lengths_b)
-    return _solve(inputs, batched, reg_type, max_iter, tol, potentials_init, grad, backend, check)
+    relaxation = (unbalanced, mass, null_cost)
+    schedule = (scaling, update, overrelaxation)
+    how = (grad, implicit_tol, implicit_max_iter)
+    call = read_call(
+        inputs, batched, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
+    )
+    return run(call)
 
 
 def solve_sample(
@@ -119,15 +138,19 @@ def solve_sample(
     cu_seqlens_b: Integers | None = None,
     max_seqlen_a: int | None = None,
     max_seqlen_b: int | None = None,
-    unbalanced: None = None,
-    mass: None = None,
-    null_cost: None = None,
+    unbalanced: Number | tuple[Number | None, Number | None] | None = None,
+    mass: Number | None = None,
+    null_cost: Number | None = None,
     max_iter: int = 100,
     tol: float | None = None,
     scaling: float | None = None,
     update: str = "alternating",
+    overrelaxation: float | str | None = None,
     potentials_init: tuple[Tensor, Tensor] | None = None,
     grad: str = "envelope",
+    implicit_tol: float | None = None,
+    implicit_max_iter: int = 1000,
+    debias: bool = False,
     backend: str | None = None,
     check: bool | None = None,
 ) -> OTResult:
@@ -149,6 +172,10 @@ def solve_sample(
         max_seqlen_a: the longest length in ``X_a`` as a host integer; None: read from ``cu_seqlens_a``, which on an
             accelerator costs one transfer to the host.
         max_seqlen_b: the longest length in ``X_b``.
+        debias: take from the value what it is within each cloud, OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2, which makes
+            it the Sinkhorn divergence (equation (22); see `sinkhorn_divergence`). The three problems are solved in
+            one call; ``marginal_error``, ``n_iters`` and ``converged`` are the worst of them, while plan, potentials
+            and ``value_linear`` are those between the clouds. Not with ``mass`` or ``null_cost``.
 
     Returns:
         `OTResult`, whose ``value`` is differentiable with respect to X_a, X_b, a, b and a tensor ``reg``.
@@ -164,11 +191,16 @@ def solve_sample(
         >>> x.grad[1].round(decimals=1)
         tensor([-2.])
     """
-    _refuse_later(unbalanced=unbalanced, mass=mass, null_cost=null_cost, scaling=scaling, update=update, grad=grad)
     inputs, batched = read_points(
         X_a, X_b, a, b, reg, metric, lengths_a, lengths_b, cu_seqlens_a, cu_seqlens_b, max_seqlen_a, max_seqlen_b
     )
-    return _solve(inputs, batched, reg_type, max_iter, tol, potentials_init, grad, backend, check)
+    relaxation = (unbalanced, mass, null_cost)
+    schedule = (scaling, update, overrelaxation)
+    how = (grad, implicit_tol, implicit_max_iter)
+    call = read_call(
+        inputs, batched, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
+    )
+    return stacking.run_debiased(call) if debias else run(call)
 
 
 def solve_batch(
@@ -212,47 +244,125 @@ def solve_sample_batch(
     return solve_sample(X_a, X_b, a, b, reg=reg, **options)
 
 
-def _solve(
+class Call(NamedTuple):
+    """A call of the public functions, read and ready to run."""
+
+    inputs: Inputs
+    batched: bool
+    reg_type: str
+    iterations: ops.Iterations
+    differentiation: ops.Differentiation
+    tol: float | None
+    backend: str
+    check: bool
+
+
+def read_call(
     inputs: Inputs,
     batched: bool,
     reg_type: str,
+    relaxation: tuple,
     max_iter: int,
     tol: float | None,
+    schedule: tuple,
     potentials_init: tuple[Tensor, Tensor] | None,
-    grad: str,
+    how: tuple,
     backend: str | None,
     check: bool | None,
-) -> OTResult:
+) -> Call:
+    """Check the options that all public functions share, and choose the backend."""
     if reg_type not in REG_TYPES:
         raise ValueError(f"reg_type must be one of {', '.join(REG_TYPES)}, but was {reg_type!r}")
+    unbalanced, mass, null_cost = relaxation
+    inputs = read_relaxation(inputs, unbalanced, mass, null_cost, entropy=reg_type == "entropy")
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
         raise ValueError(f"max_iter must be an integer of at least 1, but was {max_iter!r}")
-    number = isinstance(tol, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)) and not isinstance(tol, bool)
-    if tol is not None and not (number and 0 <= tol < math.inf):
+    if tol is not None and not (is_number(tol) and 0 <= tol < math.inf):
         raise ValueError(f"tol must be None or a finite number of at least 0, but was {tol!r}")
     if check is not None and not isinstance(check, bool):
         raise ValueError(f"check must be None or a bool, but was {check!r}")
     _refuse_forward_mode(inputs)
-    if grad == "detach":
+    differentiation = _read_differentiation(*how)
+    if differentiation.grad == "detach":
         inputs = inputs.detach()
-    backend = backends.choose(backend, inputs.device.type)
-    check = inputs.device.type == "cpu" if check is None else check
     g_init = _read_warm_start(potentials_init, inputs, batched)
-    value, f, g, marginal_error, n_iters = ops.sinkhorn(inputs, g_init, max_iter, tol, check, backend)
-    if reg_type == "entropy":
-        # Without a feasible plan the value is +inf around it, and its gradient 0.
-        value = torch.where(value.isposinf(), value, value + _entropy_of_weights(inputs))
-    return OTResult(
+    iterations = _read_iterations(inputs, g_init, max_iter, tol, *schedule)
+    backend = backends.choose(
+        backend, inputs.device.type, iterations.update, iterations.overrelaxation, differentiation.grad
+    )
+    if differentiation.grad == "unrolled":
+        differentiation = differentiation._replace(iterations=iterations)
+    check = inputs.device.type == "cpu" if check is None else check
+    return Call(inputs, batched, reg_type, iterations, differentiation, tol, backend, check)
+
+
+def run(call: Call) -> OTResult:
+    """Call the op and wrap what it returns."""
+    inputs, backend = call.inputs, call.backend
+    value, f, g, multipliers, marginal_error, n_iters = ops.sinkhorn(inputs, call.iterations, call.check, backend)
+    result = OTResult(
         inputs=inputs,
         value=value,
         f=f,
         g=g,
+        multipliers=multipliers,
         marginal_error=marginal_error,
         n_iters=n_iters,
-        tol=tol,
-        batched=batched,
+        tol=call.tol,
+        batched=call.batched,
         backend=backend,
+        differentiation=call.differentiation,
     )
+    if call.reg_type == "entropy" and not inputs.entropy:
+        result.add_to_value(_entropy_of_weights(inputs))
+    return result
+
+
+def _read_iterations(
+    inputs: Inputs,
+    g_init: Tensor | None,
+    max_iter: int,
+    tol: float | None,
+    scaling: float | None,
+    update: str,
+    overrelaxation: float | str | None,
+) -> ops.Iterations:
+    if update not in UPDATES:
+        raise ValueError(f"update must be one of {', '.join(UPDATES)}, but was {update!r}")
+    factor = _read_overrelaxation(overrelaxation)
+    if update == "symmetric" and factor != 1:
+        raise ValueError(f"overrelaxation must be None with update='symmetric', but was {overrelaxation!r}")
+    if inputs.kind == "partial" and (update == "symmetric" or factor != 1):
+        name = "update" if update == "symmetric" else "overrelaxation"
+        raise NotImplementedError(f"{name}: problems with a given mass take alternating, plain updates only")
+    tol = -1.0 if tol is None else tol
+    if scaling is None:
+        return ops.Iterations(g_init, None, max_iter, tol, 1.0, update, factor)
+    if not is_number(scaling) or not 0 < scaling < 1:
+        raise ValueError(f"scaling must be None or a number between 0 and 1, but was {scaling!r}")
+    power = 2 if inputs.metric == "sqeuclidean" else 1
+    return ops.Iterations(g_init, cost_scale(inputs.detach()), max_iter, tol, scaling**power, update, factor)
+
+
+def _read_overrelaxation(overrelaxation: float | str | None) -> float:
+    """The factor; 0 for "auto"."""
+    if overrelaxation is None:
+        return 1.0
+    if overrelaxation == "auto":
+        return 0.0
+    if isinstance(overrelaxation, str) or not is_number(overrelaxation) or not 1 <= overrelaxation < 2:
+        raise ValueError(f"overrelaxation must be None, 'auto' or a number in [1, 2), but was {overrelaxation!r}")
+    return overrelaxation
+
+
+def _read_differentiation(grad: str, implicit_tol: float | None, implicit_max_iter: int) -> ops.Differentiation:
+    if grad not in GRADS:
+        raise ValueError(f"grad must be one of {', '.join(GRADS)}, but was {grad!r}")
+    if implicit_tol is not None and not (is_number(implicit_tol) and 0 < implicit_tol < 1):
+        raise ValueError(f"implicit_tol must be None or a number between 0 and 1, but was {implicit_tol!r}")
+    if isinstance(implicit_max_iter, bool) or not isinstance(implicit_max_iter, int) or implicit_max_iter < 1:
+        raise ValueError(f"implicit_max_iter must be an integer of at least 1, but was {implicit_max_iter!r}")
+    return ops.Differentiation(grad, implicit_tol, implicit_max_iter)
 
 
 def _read_warm_start(potentials_init: tuple[Tensor, Tensor] | None, inputs: Inputs, batched: bool) -> Tensor | None:
@@ -269,6 +379,7 @@ def _read_warm_start(potentials_init: tuple[Tensor, Tensor] | None, inputs: Inpu
 def _entropy_of_weights(inputs: Inputs) -> Tensor:
     """What ``reg_type="entropy"`` adds to the value: ε (Σ a log a + Σ b log b + m - Σa Σb), equation (11); (B,)."""
     total = torch.zeros_like(inputs.reg)
+    mass_a, mass_b = masses(inputs, True), masses(inputs, False)
     for side_a, weights in ((True, inputs.a), (False, inputs.b)):
         if weights is None:
             total = total - item_sizes(inputs, side_a).clamp(min=1).to(total.dtype).log()
@@ -276,28 +387,20 @@ def _entropy_of_weights(inputs: Inputs) -> Tensor:
             # 0 log 0 = 0. Its derivative, -inf, is left out: normalised weights would carry it on as NaN.
             inside = torch.where(row_mask(inputs, side_a) & (weights > 0), weights, 1)
             total = total - item_sums(inputs, side_a, torch.special.entr(inside))
-    mass_a, mass_b = masses(inputs, True), masses(inputs, False)
+    if inputs.kind == "null":
+        # the null points' own weights, equation (17)
+        for mass in (mass_a, mass_b):
+            total = total - torch.special.entr(torch.where(mass > 0, mass, 1))
+        mass_a = mass_b = mass_a + mass_b
     return inputs.reg * (total + (mass_a + mass_b) / 2 - mass_a * mass_b)
-
-
-def _refuse_later(*, update: str, grad: str, **options: Any) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}: {_LATER[name]} is not in this release; leave it at None")
-    if update == "symmetric":
-        raise NotImplementedError('update: symmetric (averaged) updates are not in this release; use "alternating"')
-    if update != "alternating":
-        raise ValueError(f"update must be 'alternating' or 'symmetric', but was {update!r}")
-    if grad in ("implicit", "unrolled"):
-        raise NotImplementedError(f'grad: the {grad} gradient is not in this release; use "envelope" or "detach"')
-    if grad not in GRADS:
-        raise ValueError(f"grad must be one of envelope, implicit, unrolled, detach, but was {grad!r}")
 
 
 def _refuse_forward_mode(inputs: Inputs) -> None:
     # A custom op would drop the tangent without a word. Outside forward mode this costs one comparison.
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
-    for tensor in (inputs.x_a, inputs.x_b, inputs.cost, inputs.a, inputs.b, inputs.reg):
+    for tensor in (inputs.x_a, inputs.x_b, inputs.cost, inputs.a, inputs.b, inputs.reg, inputs.relaxation):
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError("forward-mode derivatives of an entropic OT value are not in this release")
+            raise NotImplementedError(
+                "forward-mode derivatives of an entropic OT problem are not supported; use reverse mode"
+            )

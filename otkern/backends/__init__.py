@@ -1,4 +1,4 @@
-"""The implementations behind the op, one module each: can_run, forward, backward, apply, plan.
+"""The implementations behind the op, one module each: can_run, forward, backward, plan_backward, implicit, apply, plan.
 
 ``choose`` picks one before the op is called, from nothing but names, so that traced code never looks at the machine.
 """
@@ -41,27 +41,82 @@ def unavailable(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but was {name!r}")
 
 
-def choose(name: str | None, device_type: str) -> str:
-    """The backend for a call: the named one, or the fastest that can run on this device.
+def choose(
+    name: str | None,
+    device_type: str,
+    update: str = "alternating",
+    overrelaxation: float = 1.0,
+    grad: str = "envelope",
+) -> str:
+    """The backend for a call: the named one, or the fastest that can run on this device and serves these options.
 
     Raises:
         ValueError: the named backend cannot run here; it never falls back to another one.
     """
+    served_by_reference = _only_reference(update, overrelaxation, grad)
     if name is not None:
         if not isinstance(name, str):
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, but was {name!r}")
-        if (reason := unavailable(name, device_type)) is not None:
+        reason = unavailable(name, device_type)
+        if reason is None and name != "reference":
+            reason = served_by_reference
+        if reason is not None:
             raise ValueError(f"backend must be one that can run here, but {name!r} cannot: {reason}")
         return name
+    if served_by_reference is not None:
+        return "reference"
     if device_type == "cpu":
         # The interpreter makes Triton possible on CPU tensors, never fast.
         return "reference" if unavailable("cpu", "cpu") else "cpu"
     return next(name for name in BACKENDS if unavailable(name, device_type) is None)
 
 
+def choose_symmetric(name: str | None, device_type: str) -> str:
+    """The backend for the op `symmetric`: as `choose`, among those that have a function of that name.
+
+    Raises:
+        ValueError: the named backend cannot run here, or has none.
+    """
+    chosen = choose(name, device_type)
+    if hasattr(load(chosen), "symmetric"):
+        return chosen
+    if name is not None:
+        raise ValueError(
+            f"backend must be one that can run here, but {name!r} cannot: it has no loop of GeomLoss's; leave backend "
+            "to 'auto', or give a tol"
+        )
+    return "reference"
+
+
+def refusals(device_type: str, update: str, overrelaxation: float, grad: str) -> list[tuple[str, str]]:
+    """The backends that `choose` passes over before it finds one, and why."""
+    chosen = choose(None, device_type, update, overrelaxation, grad)
+    served_by_reference = _only_reference(update, overrelaxation, grad)
+    passed_over = []
+    for name in BACKENDS:
+        if name == chosen:
+            return passed_over
+        reason = unavailable(name, device_type) or served_by_reference
+        if reason is not None:
+            passed_over.append((name, reason))
+    return passed_over
+
+
+def _only_reference(update: str, overrelaxation: float, grad: str) -> str | None:
+    """Why only the reference serves these options, in one sentence; None: every backend does."""
+    if grad == "unrolled":
+        return 'the history of iterations, for grad="unrolled", is kept by the reference backend only'
+    if update == "symmetric":
+        return "symmetric updates are done by the reference backend only"
+    if overrelaxation != 1:
+        return "over-relaxation is done by the reference backend only"
+    return None
+
+
 # A compiled graph takes the answer as a constant. This is the mark that torch.compiler.assume_constant_result sets;
 # the decorator itself would import the compiler, which costs more than all of this package.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+choose_symmetric._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_unavailable(device_type: str) -> str | None:
