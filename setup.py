@@ -32,7 +32,7 @@ SIMD_LEVELS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-PER_LEVEL = ("forward", "backward", "apply")
+PER_LEVEL = ("forward", "backward", "apply", "implicit", "symmetric")
 
 
 def say(sentence: str) -> None:

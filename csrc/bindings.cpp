@@ -37,8 +37,8 @@ otkern::Matrix matrix(const MatrixArguments &from) {
 otkern::Problem make_problem(std::int64_t batch, std::int64_t max_a, std::int64_t max_b, std::int64_t total_a,
                              std::int64_t total_b, std::int64_t features, int dtype, int metric,
                              const MatrixArguments &x_a, const MatrixArguments &x_b, const MatrixArguments &cost,
-                             Address a, Address b, Address reg, Address lengths_a, Address lengths_b,
-                             Address cu_seqlens_a, Address cu_seqlens_b) {
+                             Address a, Address b, Address reg, int kind, bool entropy, Address relaxation,
+                             Address lengths_a, Address lengths_b, Address cu_seqlens_a, Address cu_seqlens_b) {
     otkern::Problem problem;
     problem.batch = batch;
     problem.max_a = max_a;
@@ -54,6 +54,9 @@ otkern::Problem make_problem(std::int64_t batch, std::int64_t max_a, std::int64_
     problem.a = pointer<const void>(a);
     problem.b = pointer<const void>(b);
     problem.reg = pointer<const void>(reg);
+    problem.kind = otkern::Kind(kind);
+    problem.entropy = entropy;
+    problem.relaxation = pointer<const void>(relaxation);
     problem.lengths_a = pointer<const std::int32_t>(lengths_a);
     problem.lengths_b = pointer<const std::int32_t>(lengths_b);
     problem.cu_seqlens_a = pointer<const std::int32_t>(cu_seqlens_a);
@@ -70,13 +73,22 @@ void run(void (*function)(Call &, int), Call &call, int threads) {
     if (call.out_of_memory) throw std::bad_alloc();
 }
 
-std::optional<std::pair<std::int64_t, int>> forward(const otkern::Problem &problem, Address g_init,
-                                                    std::int64_t max_iter, double tol, bool check,
-                                                    std::int64_t store_bytes, Address value, Address f, Address g,
-                                                    Address marginal_error, Address n_iters, int threads) {
+// Item and argument of the first bad input.
+using BadInput = std::optional<std::pair<std::int64_t, int>>;
+
+BadInput bad_input(std::int64_t found) {
+    if (found < 0) return std::nullopt;
+    return std::make_pair(found / 4, int(found % 4));
+}
+
+BadInput forward(const otkern::Problem &problem, Address g_init, Address eps_start, double eps_factor,
+                 std::int64_t max_iter, double tol, bool check, std::int64_t store_bytes, Address value, Address f,
+                 Address g, Address multipliers, Address marginal_error, Address n_iters, int threads) {
     otkern::ForwardCall call;
     call.problem = problem;
     call.g_init = pointer<const void>(g_init);
+    call.eps_start = pointer<const void>(eps_start);
+    call.eps_factor = eps_factor;
     call.max_iter = max_iter;
     call.tol = tol;
     call.check = check;
@@ -84,27 +96,91 @@ std::optional<std::pair<std::int64_t, int>> forward(const otkern::Problem &probl
     call.value = pointer(value);
     call.f = pointer(f);
     call.g = pointer(g);
+    call.multipliers = pointer(multipliers);
     call.marginal_error = pointer(marginal_error);
     call.n_iters = pointer<std::int32_t>(n_iters);
     run(otkern::forward, call, threads);
-    if (call.bad_input < 0) return std::nullopt;
-    return std::make_pair(call.bad_input / 4, int(call.bad_input % 4));
+    return bad_input(call.bad_input);
 }
 
-void backward(const otkern::Problem &problem, Address f, Address g, Address dvalue, Address dx_a, Address dx_b,
-              Address dcost, Address da, Address db, Address dreg, int threads) {
-    otkern::BackwardCall call;
+BadInput symmetric(const otkern::Problem &problem, Address eps_start, Address n_steps, double eps_factor,
+                   double cost_floor, std::int64_t n_cross, bool check, std::int64_t store_bytes, Address s_a,
+                   Address s_b, Address f, Address g, Address r_a, Address r_b, int threads) {
+    otkern::SymmetricCall call;
     call.problem = problem;
+    call.eps_start = pointer<const void>(eps_start);
+    call.n_steps = pointer<const std::int32_t>(n_steps);
+    call.eps_factor = eps_factor;
+    call.cost_floor = cost_floor;
+    call.n_cross = n_cross;
+    call.check = check;
+    call.store_bytes = store_bytes;
+    call.s_a = pointer(s_a);
+    call.s_b = pointer(s_b);
+    call.f = pointer(f);
+    call.g = pointer(g);
+    call.r_a = pointer(r_a);
+    call.r_b = pointer(r_b);
+    run(otkern::symmetric, call, threads);
+    return bad_input(call.bad_input);
+}
+
+void run_backward(otkern::BackwardCall &call, Address f, Address g, Address dx_a, Address dx_b, Address dcost,
+                  Address sum_a, Address sum_b, Address sum_reg, int threads) {
     call.f = pointer<const void>(f);
     call.g = pointer<const void>(g);
-    call.dvalue = pointer<const void>(dvalue);
     call.dx_a = pointer(dx_a);
     call.dx_b = pointer(dx_b);
     call.dcost = pointer(dcost);
-    call.da = pointer(da);
-    call.db = pointer(db);
-    call.dreg = pointer(dreg);
+    call.sum_a = pointer(sum_a);
+    call.sum_b = pointer(sum_b);
+    call.sum_reg = pointer(sum_reg);
     run(otkern::backward, call, threads);
+}
+
+void backward(const otkern::Problem &problem, Address f, Address g, Address dvalue, Address dx_a, Address dx_b,
+              Address dcost, Address ratio_a, Address ratio_b, Address entropy, int threads) {
+    otkern::BackwardCall call;
+    call.problem = problem;
+    call.dvalue = pointer<const void>(dvalue);
+    run_backward(call, f, g, dx_a, dx_b, dcost, ratio_a, ratio_b, entropy, threads);
+}
+
+void plan_backward(const otkern::Problem &problem, Address f, Address g, Address scale, Address cost_scale,
+                   Address dense, Address row, Address col, Address dx_a, Address dx_b, Address dcost, Address sum_a,
+                   Address sum_b, Address sum_reg, int threads) {
+    otkern::BackwardCall call;
+    call.problem = problem;
+    call.scale = pointer<const void>(scale);
+    call.cost_scale = pointer<const void>(cost_scale);
+    call.dense = pointer<const void>(dense);
+    call.row = pointer<const void>(row);
+    call.col = pointer<const void>(col);
+    run_backward(call, f, g, dx_a, dx_b, dcost, sum_a, sum_b, sum_reg, threads);
+}
+
+void implicit(const otkern::Problem &problem, Address f, Address g, Address slope_a, Address slope_b, Address extra_a,
+              Address extra_b, Address u_a, Address u_b, bool singular, double tol, std::int64_t max_iter,
+              std::int64_t store_bytes, Address p, Address q, Address residual, Address n_iters, int threads) {
+    otkern::ImplicitCall call;
+    call.problem = problem;
+    call.f = pointer<const void>(f);
+    call.g = pointer<const void>(g);
+    call.slope_a = pointer<const void>(slope_a);
+    call.slope_b = pointer<const void>(slope_b);
+    call.extra_a = pointer<const void>(extra_a);
+    call.extra_b = pointer<const void>(extra_b);
+    call.u_a = pointer<const void>(u_a);
+    call.u_b = pointer<const void>(u_b);
+    call.singular = singular;
+    call.tol = tol;
+    call.max_iter = max_iter;
+    call.store_bytes = store_bytes;
+    call.p = pointer(p);
+    call.q = pointer(q);
+    call.residual = pointer(residual);
+    call.n_iters = pointer<std::int32_t>(n_iters);
+    run(otkern::implicit, call, threads);
 }
 
 void apply(const otkern::Problem &problem, Address f, Address g, Address v, Address out, std::int64_t channels,
@@ -159,14 +235,28 @@ PYBIND11_MODULE(_native, module) {
         .def(py::init(&make_problem), py::kw_only(), py::arg("batch"), py::arg("max_a"), py::arg("max_b"),
              py::arg("total_a"), py::arg("total_b"), py::arg("features"), py::arg("dtype"), py::arg("metric"),
              py::arg("x_a"), py::arg("x_b"), py::arg("cost"), py::arg("a"), py::arg("b"), py::arg("reg"),
-             py::arg("lengths_a"), py::arg("lengths_b"), py::arg("cu_seqlens_a"), py::arg("cu_seqlens_b"));
-    module.def("cpu_forward", &forward, py::arg("problem"), py::kw_only(), py::arg("g_init"), py::arg("max_iter"),
-               py::arg("tol"), py::arg("check"), py::arg("store_bytes"), py::arg("value"), py::arg("f"), py::arg("g"),
-               py::arg("marginal_error"), py::arg("n_iters"), py::arg("threads"),
+             py::arg("kind"), py::arg("entropy"), py::arg("relaxation"), py::arg("lengths_a"), py::arg("lengths_b"),
+             py::arg("cu_seqlens_a"), py::arg("cu_seqlens_b"));
+    module.def("cpu_forward", &forward, py::arg("problem"), py::kw_only(), py::arg("g_init"), py::arg("eps_start"),
+               py::arg("eps_factor"), py::arg("max_iter"), py::arg("tol"), py::arg("check"), py::arg("store_bytes"),
+               py::arg("value"), py::arg("f"), py::arg("g"), py::arg("multipliers"), py::arg("marginal_error"),
+               py::arg("n_iters"), py::arg("threads"),
                "Returns None, or (item, argument) of the first item with bad input: argument 0 x_a, 1 x_b, 2 cost.");
+    module.def("cpu_symmetric", &symmetric, py::arg("problem"), py::kw_only(), py::arg("eps_start"), py::arg("n_steps"),
+               py::arg("eps_factor"), py::arg("cost_floor"), py::arg("n_cross"), py::arg("check"),
+               py::arg("store_bytes"), py::arg("s_a"), py::arg("s_b"), py::arg("f"), py::arg("g"), py::arg("r_a"),
+               py::arg("r_b"), py::arg("threads"), "Returns what cpu_forward returns.");
     module.def("cpu_backward", &backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
-               py::arg("dvalue"), py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("da"), py::arg("db"),
-               py::arg("dreg"), py::arg("threads"));
+               py::arg("dvalue"), py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("ratio_a"),
+               py::arg("ratio_b"), py::arg("entropy"), py::arg("threads"));
+    module.def("cpu_plan_backward", &plan_backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
+               py::arg("scale"), py::arg("cost_scale"), py::arg("dense"), py::arg("row"), py::arg("col"),
+               py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("sum_a"), py::arg("sum_b"),
+               py::arg("sum_reg"), py::arg("threads"));
+    module.def("cpu_implicit", &implicit, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
+               py::arg("slope_a"), py::arg("slope_b"), py::arg("extra_a"), py::arg("extra_b"), py::arg("u_a"),
+               py::arg("u_b"), py::arg("singular"), py::arg("tol"), py::arg("max_iter"), py::arg("store_bytes"),
+               py::arg("p"), py::arg("q"), py::arg("residual"), py::arg("n_iters"), py::arg("threads"));
     module.def("cpu_apply", &apply, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("v"),
                py::arg("out"), py::arg("channels"), py::arg("transpose"), py::arg("times_cost"), py::arg("threads"));
     module.def("cpu_plan", &plan, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("out"),

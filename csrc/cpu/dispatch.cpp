@@ -7,12 +7,14 @@
 
 namespace otkern {
 
-#define OTKERN_DECLARE(level)                                    \
-    namespace level {                                            \
-    void forward(ForwardCall &, int64_t, Team &);                \
-    void backward(BackwardCall &, int64_t, Team &);              \
-    void apply(ApplyCall &, int64_t, Team &);                    \
-    constexpr Kernels kernels{#level, forward, backward, apply}; \
+#define OTKERN_DECLARE(level)                                                         \
+    namespace level {                                                                 \
+    void forward(ForwardCall &, int64_t, Team &);                                     \
+    void backward(BackwardCall &, int64_t, Team &);                                   \
+    void apply(ApplyCall &, int64_t, Team &);                                         \
+    void implicit(ImplicitCall &, int64_t, Team &);                                   \
+    void symmetric(SymmetricCall &, int64_t, Team &);                                 \
+    constexpr Kernels kernels{#level, forward, backward, apply, implicit, symmetric}; \
     }
 
 OTKERN_DECLARE(baseline)
@@ -119,6 +121,18 @@ void backward(BackwardCall &call, int threads) {
 
 void apply(ApplyCall &call, int threads) {
     run_call(call, kernels().apply, work_of(call.problem, 1, 20 + double(call.channels)), threads);
+}
+
+void implicit(ImplicitCall &call, int threads) {
+    run_call(call, kernels().implicit, work_of(call.problem, 1, 60 + 2 * double(call.max_iter)), threads);
+}
+
+void symmetric(SymmetricCall &call, int threads) {
+    std::vector<double> work = work_of(call.problem, 1, 20);
+    const std::vector<double> step = work_of(call.problem, 0, 30);
+    for (int64_t i = 0; i < call.problem.batch; ++i)
+        work[i] = (work[i] + (4 + call.n_steps[i]) * step[i]) * (i < call.n_cross ? 1 : 0.5);
+    run_call(call, kernels().symmetric, work, threads);
 }
 
 }  // namespace otkern

@@ -1,30 +1,24 @@
 // Forward of one item: cost, iterations, gauge, value. Compiled once per SIMD level.
-#include "sinkhorn.h"
+#include "kernel_domain.h"
+#include "log_domain.h"
 
 namespace otkern {
 namespace OTKERN_LEVEL {
 namespace {
 
+// Sums over weights and potentials are scalars of the result: kept in double.
 template <class T>
-void write_padded(void *out, int64_t first, int64_t room, const T *from, int64_t count, T shift) {
-    T *to = static_cast<T *>(out) + first;
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i] + shift;
-    for (int64_t i = count; i < room; ++i) to[i] = 0;
+double total(const T *weights, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += weights[i];
+    return sum;
 }
 
-// Sums over weights and potentials are scalars of the result: kept in double.
 template <class T>
 double weighted(const T *weights, const T *potential, int64_t count) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i)
         if (weights[i] != 0) sum += double(weights[i]) * double(potential[i]);
-    return sum;
-}
-
-template <class T>
-double total(const T *weights, int64_t count) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += weights[i];
     return sum;
 }
 
@@ -36,50 +30,69 @@ bool stranded(const T *weights, const T *dead, int64_t count) {
     return false;
 }
 
-// value = <a, f> + <b, g> - reg (sum b - sum a sum b), the dual objective after a column half.
+// The dual objective after a column half, A(f) + B(g) - reg (sum P - R), of which R is the mass of the reference
+// measure and A, B are `Side::dual`; lam mass joins in a partial problem.
 template <class T>
 void write_results(ForwardCall &call, const Item<T> &item, const Sinkhorn<T> &solver) {
     const double reg = item.reg;
+    const bool partial = item.problem.kind == Kind::partial;
+    const Side<T> &rows = solver.side_a, &columns = solver.side_b;
+    const double dual_a = rows.dual(solver.a, solver.F, solver.offset_a, solver.dead_a, item.n);
+    const double dual_b = columns.dual(solver.b, solver.G, solver.offset_b, solver.dead_b, item.m);
     const double sum_a = total(solver.a, item.n), sum_b = total(solver.b, item.m);
-    const double af = weighted(solver.a, solver.F, item.n), bg = weighted(solver.b, solver.G, item.m);
-    // <a, f + t> = <b, g - t>
-    const T shift = sum_a + sum_b > 0 ? T((bg - af) / (sum_a + sum_b)) : T(0);
-    double value = af + bg + double(shift) * (sum_a - sum_b) - reg * (sum_b - sum_a * sum_b);
-    if (stranded(solver.a, solver.dead_a, item.n) || stranded(solver.b, solver.dead_b, item.m)) value = __builtin_inf();
-    write_padded(call.f, item.first_a, item.room_a, solver.F, item.n, shift);
-    write_padded(call.g, item.first_b, item.room_b, solver.G, item.m, T(-shift));
+    const double moved =
+        partial ? double(solver.mass) : columns.mass(solver.b, solver.G, solver.offset_b, solver.dead_b, item.m);
+    // Only two constraints leave the potentials a gauge: <a, f + t> = <b, g - t>.
+    T shift = 0;
+    if (rows.is_constraint() && columns.is_constraint() && sum_a + sum_b > 0)
+        shift = T((weighted(solver.b, solver.G, item.m) - weighted(solver.a, solver.F, item.n)) / (sum_a + sum_b));
+    double value =
+        dual_a + dual_b + double(shift) * (sum_a - sum_b) - reg * (moved - (item.problem.entropy ? 0 : sum_a) * sum_b);
+    if (partial) value += double(solver.lam) * double(solver.mass);
+    if ((rows.is_constraint() && stranded(solver.a, solver.dead_a, item.n)) ||
+        (columns.is_constraint() && stranded(solver.b, solver.dead_b, item.m)) || solver.nothing_moves)
+        value = __builtin_inf();
+    // lam in equal parts, so that P = a b exp((f + g - C) / reg) in every kind.
+    const T half = solver.lam / 2;
+    write_padded(call.f, item.first_a, item.room_a, solver.F, item.points_a, shift + half);
+    write_padded(call.g, item.first_b, item.room_b, solver.G, item.points_b, half - shift);
+    T *multipliers = static_cast<T *>(call.multipliers) + 2 * item.index;
+    const bool null = item.n > item.points_a;
+    multipliers[0] = null ? solver.F[item.points_a] + shift : solver.lam;
+    multipliers[1] = null ? solver.G[item.points_b] - shift : T(0);
     static_cast<T *>(call.value)[item.index] = T(value);
     static_cast<T *>(call.marginal_error)[item.index] = T(solver.error);
     call.n_iters[item.index] = int32_t(solver.iterations);
 }
 
-// An item with an empty side: no iteration; mass on the other side has nowhere to go.
+// An item with an empty side: no iteration; mass on the other side has nowhere to go, or is let go at its price.
 template <class T>
 void write_empty(ForwardCall &call, const Item<T> &item) {
     const Problem &p = call.problem;
-    double mass = 0;
-    const T *a = static_cast<const T *>(p.a), *b = static_cast<const T *>(p.b);
-    for (int64_t i = 0; i < item.n; ++i) mass += a ? double(a[item.first_a + i]) : 1.0 / double(item.n);
-    for (int64_t j = 0; j < item.m; ++j) mass += b ? double(b[item.first_b + j]) : 1.0 / double(item.m);
-    write_padded<T>(call.f, item.first_a, item.room_a, nullptr, 0, 0);
-    write_padded<T>(call.g, item.first_b, item.room_b, nullptr, 0, 0);
-    static_cast<T *>(call.value)[item.index] = mass > 0 ? infinity<T>() : T(0);
-    static_cast<T *>(call.marginal_error)[item.index] = T(mass);
-    call.n_iters[item.index] = 0;
-}
-
-// The smallest item wins, whichever thread comes first.
-void report(ForwardCall &call, int64_t item, int found) {
-    const int64_t mine = item * 4 + (found & 1 ? 0 : found & 2 ? 1 : 2);
-    int64_t before = __atomic_load_n(&call.bad_input, __ATOMIC_RELAXED);
-    while ((before < 0 || mine < before) &&
-           !__atomic_compare_exchange_n(&call.bad_input, &before, mine, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    const Side<T> sides[] = {Side<T>(item, 0), Side<T>(item, 1)};
+    const double masses[] = {double(item.mass(p.a, item.first_a, item.n)),
+                             double(item.mass(p.b, item.first_b, item.m))};
+    double value = 0, error = 0;
+    for (int k = 0; k < 2; ++k) {
+        if (masses[k] > 0) value += double(sides[k].rho) * masses[k];
+        if (sides[k].is_constraint()) error += masses[k];
     }
+    if (p.kind == Kind::partial) {
+        value = __builtin_inf();
+        error = double(item.relaxation(0));
+    }
+    write_padded<T>(call.f, item.first_a, item.room_a, nullptr, 0);
+    write_padded<T>(call.g, item.first_b, item.room_b, nullptr, 0);
+    T *multipliers = static_cast<T *>(call.multipliers) + 2 * item.index;
+    multipliers[0] = multipliers[1] = 0;
+    static_cast<T *>(call.value)[item.index] = T(value);
+    static_cast<T *>(call.marginal_error)[item.index] = T(error);
+    call.n_iters[item.index] = 0;
 }
 
 template <class T>
 void forward_item(ForwardCall &call, int64_t index, Team &team) {
-    const Item<T> item(call.problem, index);
+    const Item<T> item(call.problem, index, call.problem.kind == Kind::null);
     if (item.n == 0 || item.m == 0) {
         if (team.rank == 0) write_empty(call, item);
         return;
@@ -94,9 +107,9 @@ void forward_item(ForwardCall &call, int64_t index, Team &team) {
     }
     carver.used = 0;
     solver.carve(carver);
-    const int found = solver.run(call.g_init, call.max_iter, call.tol, call.check);
+    const int found = solver.run(call);
     if (team.rank != 0) return;
-    if (found) report(call, index, found);
+    if (found) report_bad_input(call.bad_input, index, found);
     write_results(call, item, solver);
 }
 

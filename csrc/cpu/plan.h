@@ -72,7 +72,7 @@ struct RowSums {
 };
 
 // P_ij = a_i b_j E_ij with E_ij = exp((f_i + g_j - C_ij) / reg), from the cost row `c` to `plan` (may be the same).
-// A column or a row without weight is 0 whatever its potential, and has r_i = 1.
+// A column or a row without weight is 0 whatever its potential, and has r_i = 1 here.
 template <class T>
 inline RowSums plan_row(const Item<T> &item, const PlanInputs<T> &in, int64_t i, bool with_entropy, const T *c,
                         T *plan) {

@@ -26,6 +26,25 @@ OTKERN_INLINE int64_t row_stride(int64_t d) {
     return (lines | 1) * line;
 }
 
+// Up to a vector of numbers, and `fill` behind them: for loops over groups, of which a vector may hold several.
+template <class T>
+OTKERN_INLINE Vec<T> load_some(const T *p, int64_t count, T fill) {
+    constexpr int width = Simd<T>::width;
+    if (count >= width) return load(p);
+    alignas(64) T lanes[width];
+    for (int k = 0; k < width; ++k) lanes[k] = k < count ? p[k] : fill;
+    return load(lanes);
+}
+
+template <class T>
+OTKERN_INLINE void store_some(T *p, int64_t count, Vec<T> x) {
+    constexpr int width = Simd<T>::width;
+    if (count >= width) return store(p, x);
+    alignas(64) T lanes[width];
+    store(lanes, x);
+    for (int k = 0; k < count; ++k) p[k] = lanes[k];
+}
+
 template <class S, class T>
 OTKERN_INLINE void read_row(const S *source, int64_t stride, int64_t d, T *row) {
     if (stride == 1)

@@ -70,6 +70,16 @@ constexpr T infinity() {
     return T(__builtin_inff());
 }
 
+// The least number that vlog takes, and one that can still be summed.
+template <class T>
+constexpr T tiny() {
+    return sizeof(T) == 4 ? T(1.2e-38) : T(2.3e-308);
+}
+template <class T>
+constexpr T huge() {
+    return sizeof(T) == 4 ? T(1e37) : T(1e307);
+}
+
 template <class T>
 OTKERN_INLINE Vec<T> load(const T *p) {
     return *reinterpret_cast<const typename Simd<T>::Unaligned *>(p);
@@ -257,16 +267,16 @@ struct Exponential<double> {
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };
 
-// exp(x) to about one unit in the last place; 0 below the normal range (-inf too), inf above it.
+// exp(x) to about one unit in the last place; 0 below the normal range (-inf too), the largest power above it.
 // x = k ln 2 + r with |r| <= ln 2 / 2, then the Taylor series of exp(r), whose first term left out is below the
 // rounding, times 2^k in two factors, because 2^128 has no float.
 template <class T>
-OTKERN_INLINE Vec<T> vexp(Vec<T> x) {
+OTKERN_INLINE Vec<T> bounded_exp(Vec<T> x) {
     typedef Exponential<T> E;
     typedef typename Simd<T>::Int Int;
     constexpr T factorial[] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800, 479001600, 6227020800};
     const Vec<T> low = splat<T>(E::lowest), high = splat<T>(E::highest);
-    const Bits<T> vanishes = x<low, overflows = x> high;
+    const Bits<T> vanishes = x < low;
     x = vmin<T>(vmax<T>(x, low), high);
     const Vec<T> shifted = x * T(1.44269504088896340736) + E::shifter;
     const Vec<T> k = shifted - E::shifter;
@@ -278,8 +288,13 @@ OTKERN_INLINE Vec<T> vexp(Vec<T> x) {
     const Bits<T> first = (half + Int(E::bias)) << E::mantissa;
     const Bits<T> second = (power - half + Int(E::bias)) << E::mantissa;
     p = p * (Vec<T>)first * (Vec<T>)second;
-    p = (Vec<T>)((Bits<T>)p & ~vanishes);
-    return select<T>(overflows, splat(infinity<T>()), p);
+    return (Vec<T>)((Bits<T>)p & ~vanishes);
+}
+
+// The same, and inf above the normal range.
+template <class T>
+OTKERN_INLINE Vec<T> vexp(Vec<T> x) {
+    return select<T>(x > splat<T>(Exponential<T>::highest), splat(infinity<T>()), bounded_exp<T>(x));
 }
 
 template <class T>

@@ -1,41 +1,28 @@
 // Sinkhorn iterations of one item, by a team.
 //
 // Two ways to do one full iteration (f from g for all rows, then g from f for all columns):
-//   log domain      f_i = -reg log sum_j b_j exp((g_j - C_ij) / reg), and likewise g. Two exponentials per entry.
-//   kernel domain   K_ij = exp((F_i + G_j - C_ij) / reg) with the potentials of some moment absorbed, and scalings
-//                   u, v with f = F + reg log u, g = G + reg log v:  u_i = 1 / sum_j K_ij b_j v_j, then
+//   log domain      s_i = -eps log sum_j b_j exp((g_j - C_ij) / eps), and likewise columns. Two exponentials per entry.
+//   kernel domain   K_ij = exp((F_i + G_j - C_ij) / eps) with the potentials of some moment absorbed, and scalings
+//                   u, v with f = F + eps log u, g = G + eps log v:  u_i = 1 / sum_j K_ij b_j v_j, then
 //                   v_j = 1 / sum_i K_ij a_i u_i. One pass over K does both; two multiply-adds per entry.
-// They agree to rounding as long as no entry of K that matters has left the range of the number format. K is cut to
-// zero below `least`; a row loses at most cols * least * max(b v), so a pass counts only if every sum is at least
-// `share` times the largest weight it could have lost, and none is near overflow. A pass that fails this test is
-// thrown away and its iteration done in the log domain, after which the potentials are absorbed anew.
+// Without a relaxation f = s. With one (relaxation.h) f or u follows from s or from the sum, point by point.
+// A schedule of eps runs in the log domain until it ends: a K for each eps would cost what it saves.
 //
 // Rows are cut into blocks by the item's size alone. A block leaves partial column sums, which are combined in block
 // order: the bits are those of any number of threads.
 #pragma once
 
-#include "item.h"
+#include "relaxation.h"
 
 namespace otkern {
 namespace OTKERN_LEVEL {
 
-template <class T>
-struct Range;
-template <>
-struct Range<float> {
-    static constexpr float share = 1e-26f, least = 1e-30f, most = 1e30f, exponent = 60;
-};
-template <>
-struct Range<double> {
-    static constexpr double share = 1e-270, least = 1e-250, most = 1e250, exponent = 460;
-};
-
 // What a block of rows leaves for the others to see.
 template <class T>
 struct BlockNotes {
-    T smallest, largest;  // sum_j K_ij b_j v_j over its rows
+    T smallest, largest;  // sum_j K_ij b_j v_j over its rows, and 1 / u_i where that is not the same
     T heaviest;           // a_i u_i
-    T exponent;           // (F_i + G_j - C_ij) / reg, when K is built
+    T exponent;           // (F_i + G_j - C_ij) / eps, when K is built
     T error;              // sum_i a_i |r_i - 1| of the iteration before
 };
 
@@ -49,18 +36,23 @@ OTKERN_INLINE void exchange(T *&x, T *&y) {
 template <class T>
 class Sinkhorn {
   public:
-    Sinkhorn(const Item<T> &item_, Team &team_, int64_t store_bytes) : item(item_), team(team_) {
+    Sinkhorn(const Item<T> &item_, Team &team_, int64_t store_bytes)
+        : item(item_), team(team_), side_a(item_, 0), side_b(item_, 1) {
         block = maximum<int64_t>(32, round_up((item.rows + 63) / 64, kGroup));
         blocks = (item.rows + block - 1) / block;
         stored = item.rows * item.cols * int64_t(sizeof(T)) <= store_bytes;
         panel = stored ? block : minimum(block, maximum<int64_t>(kGroup, (1 << 20) / item.cols / kGroup * kGroup));
+        absorbs = stored && side_a.can_be_scaled(item.reg) && side_b.can_be_scaled(item.reg);
+        relaxed = !side_a.is_constraint() || !side_b.is_constraint();
+        partial = item.problem.kind == Kind::partial;
+        if (partial) mass = item.relaxation(0);
     }
 
     void carve(Carver &carver) {
         clouds.carve(carver, item);
         const int64_t rows = item.rows, cols = item.cols;
-        T **const over_rows[] = {&a, &F, &row_sums, &counted_sums, &row_scale, &new_f, &dead_a};
-        T **const over_columns[] = {&b, &G, &v, &new_v, &bv, &new_bv, &dead_b};
+        T **const over_rows[] = {&a, &F, &row_sums, &counted_sums, &row_scale, &new_f, &dead_a, &offset_a};
+        T **const over_columns[] = {&b, &G, &v, &new_v, &bv, &new_bv, &dead_b, &offset_b, &log_ratio};
         for (T **vector : over_rows) carver.take(*vector, rows);
         for (T **vector : over_columns) carver.take(*vector, cols);
         carver.take(partial_sums, blocks * cols);
@@ -69,19 +61,23 @@ class Sinkhorn {
         carver.take(column_notes, team.size * 3);
         carver.take(bad, team.size);
         carver.take(cost, stored ? rows * cols : panel * cols * team.size);
-        if (stored) carver.take(kernel, rows * cols);
+        if (absorbs) carver.take(kernel, rows * cols);
     }
 
     // Potentials and marginal error of the last iteration; every thread of the team gets the same answer.
     // Returns nonzero bits 0, 1, 2 where x, y, the cost hold what they must not.
-    int run(const void *g_init, int64_t max_iter, double tol, bool check);
+    int run(const ForwardCall &call);
 
     const Item<T> &item;
     Team &team;
+    Side<T> side_a, side_b;
     int64_t iterations = 0;
-    double error = 0;    // marginal error at the potentials
-    T *a, *b, *F, *G;    // after run(): weights and potentials, not yet gauged
-    T *dead_a, *dead_b;  // 1 for a row (column) whose entries all vanish, and for padding; else 0
+    double error = 0;            // marginal error at the potentials
+    T *a, *b, *F, *G;            // after run(): weights and potentials, not yet gauged
+    T *dead_a, *dead_b;          // 1 for a row (column) whose entries all vanish, and for padding; else 0
+    T *offset_a, *offset_b;      // o of relaxation.h
+    T mass = 0, lam = 0;         // of a partial problem: the total mass asked for, and its multiplier
+    bool nothing_moves = false;  // a partial problem without a single pair
 
   private:
     void own_rows(int64_t &begin, int64_t &end) const {
@@ -96,32 +92,66 @@ class Sinkhorn {
     }
 
     int prepare(const void *g_init, bool check);
+    void set_eps(T value);
+    T first_eps(const ForwardCall &call) const;
     const T *panel_rows(int64_t begin, int64_t end);
+    // Into the kernel domain from g alone. Where a penalty keeps potentials far from their soft minima, f - o would be
+    // a small difference of large numbers: there an iteration in the log domain comes first.
+    bool enter_kernel() {
+        if (!absorbs || eps != item.reg || side_a.is_penalty() || side_b.is_penalty()) return false;
+        start_rows();
+        return build_kernel();
+    }
     void start_rows();
     bool build_kernel();
     void kernel_dots(int64_t begin, int64_t end);
     void kernel_columns(int64_t begin, int64_t end, bool add, T *sums);
     void kernel_rows(int64_t begin, int64_t end, bool columns_too, bool compare, T *sums, BlockNotes<T> &note);
-    void log_rows(const T *c, int64_t begin, int64_t end, bool compare, BlockNotes<T> &note);
-    void log_columns(const T *c, int64_t begin, int64_t end, T *peaks, T *sums);
-    void row_step(bool in_kernel, bool columns_too, bool compare);
-    bool column_step(bool in_kernel);
+    void relaxed_kernel_rows(int64_t begin, int64_t end, bool columns_too, bool compare, T *sums, BlockNotes<T> &note);
+    bool kernel_column_step();
+    Vec<T> relaxed_column(int64_t j, Vec<T> sum, Vec<T> &smallest, Vec<T> &largest);
+    bool kernel_mass_step(T loss);
+    // A strip of K stays in L1 between the two halves.
+    int64_t strip_rows() const {
+        return maximum<int64_t>(kGroup, int64_t(32 * 1024 / sizeof(T)) / item.cols / kGroup * kGroup);
+    }
     bool row_sums_count() const;
     void leave_kernel();
+    void log_rows(const T *c, int64_t begin, int64_t end, bool compare, BlockNotes<T> &note);
+    void log_columns(const T *c, int64_t begin, int64_t end, T *peaks, T *sums);
+    void log_column_step();
+    void row_step(bool in_kernel, bool columns_too, bool compare);
+    struct MassStep {
+        T moved, change;  // the mass after the column half; the step of lam / eps that makes it the one asked for
+        double gap;       // the columns' part of the marginal error after that step
+        bool stranded;    // there is no pair to move anything over
+    };
+    MassStep mass_step() const;
+    // 0 where g is below its cap, and then g = s; less than 0 at it.
+    static Vec<T> log_ratio_of(Vec<T> x, Bits<T> below_cap) {
+        return select<T>(below_cap, Vec<T>{}, vmin<T>(x, splat(-tiny<T>())));
+    }
     void finish(bool in_kernel);
     double combined_error() const {
         double sum = 0;
         for (int64_t k = 0; k < blocks; ++k) sum += notes[k].error;
-        for (int64_t i = 0; i < item.n; ++i) sum += dead_a[i] != 0 ? double(a[i]) : 0;
-        for (int64_t j = 0; j < item.m; ++j) sum += dead_b[j] != 0 ? double(b[j]) : 0;
-        return sum;
+        if (side_a.is_constraint())
+            for (int64_t i = 0; i < item.n; ++i) sum += dead_a[i] != 0 ? double(a[i]) : 0;
+        if (side_b.is_constraint())
+            for (int64_t j = 0; j < item.m; ++j) sum += dead_b[j] != 0 ? double(b[j]) : 0;
+        return sum + column_gap;
     }
 
     Clouds<T> clouds;
     int64_t block, blocks, panel;
-    bool stored;
+    bool stored, relaxed, partial;
+    bool absorbs;                // there is a kernel domain
+    T eps, inverse_eps;          // of this iteration
+    T push = 0, level = 1;       // in the kernel domain lam + eps push stands for lam, which K holds; exp(push)
+    double column_gap = 0;       // of a partial problem; else columns are exact after their half
     T *row_sums, *counted_sums;  // s_i = 1 / u_i of this pass, and of the last one that counted
     T *row_scale, *new_f, *v, *new_v, *bv, *new_bv;
+    T *log_ratio;  // of a partial problem: (g_j - s_j) / eps, the log of its column sum over b_j before lam changes
     T *partial_sums, *partial_peaks, *column_notes, *cost, *kernel = nullptr;
     BlockNotes<T> *notes;
     int *bad;
@@ -135,7 +165,7 @@ int Sinkhorn<T>::prepare(const void *g_init, bool check) {
     if (team.rank == 0) {
         item.read_a(a);
         item.read_b(b);
-        item.read_vector(g_init, item.first_b, item.m, item.cols, G);
+        item.read_vector(g_init, item.first_b, item.points_b, item.cols, G);
         for (int64_t i = 0; i < item.rows; ++i) dead_a[i] = i < item.n ? 0 : 1, F[i] = 0, counted_sums[i] = 1;
         for (int64_t j = 0; j < item.cols; ++j) dead_b[j] = j < item.m ? 0 : 1, v[j] = 1, bv[j] = b[j];
     }
@@ -158,182 +188,38 @@ int Sinkhorn<T>::prepare(const void *g_init, bool check) {
     return all;
 }
 
+// Of this thread's rows and columns; what others hold depends on it through the next barrier only.
+template <class T>
+void Sinkhorn<T>::set_eps(T value) {
+    constexpr int width = Simd<T>::width;
+    eps = value;
+    inverse_eps = 1 / eps;
+    side_a.set_eps(eps);
+    side_b.set_eps(eps);
+    const bool entropy = item.problem.entropy;
+    int64_t begin, end;
+    own_rows(begin, end);
+    for (int64_t i = begin; i < end; i += width) {
+        const Vec<T> weight = load_some(a + i, end - i, T(0));
+        store_some(offset_a + i, end - i, entropy ? entropy_offset<T>(weight, eps) : Vec<T>{});
+    }
+    own_columns(begin, end);
+    for (int64_t j = begin; j < end; j += width)
+        store(offset_b + j, entropy ? entropy_offset<T>(load(b + j), eps) : Vec<T>{});
+}
+
+template <class T>
+T Sinkhorn<T>::first_eps(const ForwardCall &call) const {
+    if (call.eps_start == nullptr || call.max_iter <= 1) return item.reg;
+    return maximum(item.reg, static_cast<const T *>(call.eps_start)[item.index]);
+}
+
 template <class T>
 const T *Sinkhorn<T>::panel_rows(int64_t begin, int64_t end) {
     if (stored) return cost + begin * item.cols;
     T *rows = cost + team.rank * panel * item.cols;
     cost_rows(item, clouds, begin, minimum(end, item.n), rows);
     return rows;
-}
-
-// ---- kernel domain --------------------------------------------------------------------------------------------------
-
-// F_i = min_j (C_ij - G_j) over columns with weight: the largest entry of each row of K is then 1.
-template <class T>
-void Sinkhorn<T>::start_rows() {
-    int64_t begin, end;
-    own_rows(begin, end);
-    const Vec<T> none = splat(-infinity<T>());
-    for (int64_t i = begin; i < end; ++i) {
-        Vec<T> peak = none;
-        for (int64_t j = 0; j < item.cols; j += Simd<T>::width)
-            peak = vmax<T>(select<T>(load(b + j) > 0, load(G + j), none) - load(cost + i * item.cols + j), peak);
-        const T largest = horizontal_max<T>(peak);
-        const bool dead = largest == -infinity<T>();
-        F[i] = dead ? T(0) : -largest;
-        dead_a[i] = dead ? T(1) : T(0);
-    }
-}
-
-// K from the absorbed potentials. Returns false, on every thread alike, when an entry would come near overflow.
-template <class T>
-bool Sinkhorn<T>::build_kernel() {
-    int64_t first, last;
-    team.split(blocks, first, last);
-    for (int64_t k = first; k < last; ++k) {
-        Vec<T> peak = splat(-infinity<T>());
-        for (int64_t i = k * block; i < minimum((k + 1) * block, item.rows); ++i)
-            for (int64_t j = 0; j < item.cols; j += Simd<T>::width) {
-                const Vec<T> exponent = ((load(G + j) - load(cost + i * item.cols + j)) + F[i]) * item.inverse_reg;
-                peak = vmax<T>(exponent, peak);
-                store(kernel + i * item.cols + j, vexp<T>(exponent));
-            }
-        notes[k].exponent = horizontal_max<T>(peak);
-    }
-    team.barrier();
-    bool safe = true;
-    for (int64_t k = 0; k < blocks; ++k) safe = safe && notes[k].exponent < Range<T>::exponent;
-    return safe;
-}
-
-// Rows [begin, end) of one pass: row sums s_i = sum_j K_ij b_j v_j, and with u_i = 1 / s_i the partial column sums
-// sum_i a_i u_i K_ij. Dead rows have s_i = 1. `compare`: r_i = u_i(before) s_i is the row marginal ratio at the
-// potentials of the iteration before. Done in strips of rows that stay in L1 between the two halves.
-template <class T>
-void Sinkhorn<T>::kernel_rows(int64_t begin, int64_t end, bool columns_too, bool compare, T *sums,
-                              BlockNotes<T> &note) {
-    typedef typename Simd<T>::Four Four;
-    Four smallest = infinity<T>() - Four{}, largest{}, heaviest{}, gap{};
-    const int64_t strip = maximum<int64_t>(kGroup, int64_t(32 * 1024 / sizeof(T)) / item.cols / kGroup * kGroup);
-    for (int64_t first = begin; first < end; first += strip) {
-        const int64_t last = minimum(first + strip, end);
-        kernel_dots(first, last);
-        for (int64_t i = first; i < last; i += kGroup) {
-            const Four s = load_four(row_sums + i), weights = load_four(a + i), au = weights / s;
-            store_four(row_scale + i, au);
-            smallest = s < smallest ? s : smallest;
-            largest = s > largest ? s : largest;
-            heaviest = au > heaviest ? au : heaviest;
-            if (compare) {
-                // Without weight a ratio may be infinite, and 0 * inf must not enter.
-                const Four ratio = weights > 0 ? s / load_four(counted_sums + i) - 1 : Four{};
-                gap += weights * (ratio < 0 ? -ratio : ratio);
-            }
-        }
-        if (columns_too) kernel_columns(first, last, first > begin, sums);
-    }
-    note.smallest = minimum(minimum(smallest[0], smallest[1]), minimum(smallest[2], smallest[3]));
-    note.largest = maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3]));
-    note.heaviest = maximum(maximum(heaviest[0], heaviest[1]), maximum(heaviest[2], heaviest[3]));
-    note.error = (gap[0] + gap[1]) + (gap[2] + gap[3]);
-}
-
-template <class T>
-void Sinkhorn<T>::kernel_dots(int64_t begin, int64_t end) {
-    constexpr int width = Simd<T>::width, together = width < kGroup ? width : kGroup;
-    for (int64_t i = begin; i < end; i += kGroup) {
-        const T *row = kernel + i * item.cols;
-        Vec<T> acc[kGroup] = {};
-        for (int64_t j = 0; j < item.cols; j += width) {
-            const Vec<T> weight = load(bv + j);
-            for (int r = 0; r < kGroup; ++r) acc[r] += load(row + r * item.cols + j) * weight;
-        }
-        alignas(64) T four[kGroup < width ? width : kGroup];
-        for (int r = 0; r < kGroup; r += together) store(four + r, sum_lanes<T, together>(acc + r));
-        store_four(row_sums + i, load_four(four) + load_four(dead_a + i));
-    }
-}
-
-// Two sets of accumulators, for even and odd rows, so that one column of four vectors hides the latency.
-template <class T>
-void Sinkhorn<T>::kernel_columns(int64_t begin, int64_t end, bool add, T *sums) {
-    constexpr int width = Simd<T>::width, vectors = 4;
-    int64_t j = 0;
-    for (; j + vectors * width <= item.cols; j += vectors * width) {
-        Vec<T> even[vectors], odd[vectors] = {};
-        for (int c = 0; c < vectors; ++c) even[c] = add ? load(sums + j + c * width) : Vec<T>{};
-        for (int64_t i = begin; i < end; i += 2) {
-            const T *row = kernel + i * item.cols + j;
-            const Vec<T> scale = splat(row_scale[i]), next_scale = splat(row_scale[i + 1]);
-            for (int c = 0; c < vectors; ++c) {
-                even[c] += load(row + c * width) * scale;
-                odd[c] += load(row + item.cols + c * width) * next_scale;
-            }
-        }
-        for (int c = 0; c < vectors; ++c) store(sums + j + c * width, even[c] + odd[c]);
-    }
-    for (; j < item.cols; j += width) {
-        Vec<T> even = add ? load(sums + j) : Vec<T>{}, odd{};
-        for (int64_t i = begin; i < end; i += 2) {
-            even += load(kernel + i * item.cols + j) * row_scale[i];
-            odd += load(kernel + (i + 1) * item.cols + j) * row_scale[i + 1];
-        }
-        store(sums + j, even + odd);
-    }
-}
-
-// ---- log domain -----------------------------------------------------------------------------------------------------
-
-// new_f for rows [begin, end), whose cost starts at `c`. Exponents are formed after the peak is subtracted in units of
-// the cost, so that a small reg does not amplify the rounding of the exponent.
-template <class T>
-void Sinkhorn<T>::log_rows(const T *c, int64_t begin, int64_t end, bool compare, BlockNotes<T> &note) {
-    constexpr int width = Simd<T>::width;
-    const Vec<T> none = splat(-infinity<T>());
-    for (int64_t i = begin; i < end; ++i) {
-        const T *row = c + (i - begin) * item.cols;
-        Vec<T> peaks = none, sums{};
-        for (int64_t j = 0; j < item.cols; j += width)
-            peaks = vmax<T>(select<T>(load(b + j) > 0, load(G + j), none) - load(row + j), peaks);
-        const T peak = horizontal_max<T>(peaks);
-        const bool dead = peak == -infinity<T>();
-        dead_a[i] = dead ? T(1) : T(0);
-        if (dead) {
-            new_f[i] = 0;
-            continue;
-        }
-        for (int64_t j = 0; j < item.cols; j += width) {
-            const Vec<T> weight = load(b + j);
-            const Vec<T> x = select<T>(weight > 0, load(G + j), none) - load(row + j);
-            sums += weight * vexp<T>((x - peak) * item.inverse_reg);
-        }
-        const T sum = maximum(horizontal_sum<T>(sums), T(sizeof(T) == 4 ? 1.2e-38 : 2.3e-308));
-        new_f[i] = -(peak + item.reg * log_of(sum));
-        if (compare && a[i] > 0) {
-            const T ratio = vexp<T>(splat((F[i] - new_f[i]) * item.inverse_reg))[0] - 1;
-            note.error += a[i] * (ratio < 0 ? -ratio : ratio);
-        }
-    }
-}
-
-// Rows [begin, end) join the running peaks and sums of the columns, with potentials new_f.
-template <class T>
-void Sinkhorn<T>::log_columns(const T *c, int64_t begin, int64_t end, T *peaks, T *sums) {
-    constexpr int width = Simd<T>::width;
-    const Vec<T> none = splat(-infinity<T>());
-    for (int64_t j = 0; j < item.cols; j += width) {
-        const Vec<T> before = load(peaks + j);
-        Vec<T> peak = before;
-        for (int64_t i = begin; i < end; ++i)
-            if (a[i] > 0) peak = vmax<T>(new_f[i] - load(c + (i - begin) * item.cols + j), peak);
-        const Vec<T> origin = select<T>(peak > none, peak, Vec<T>{});  // no -inf - -inf below
-        Vec<T> sum = load(sums + j) * vexp<T>((before - origin) * item.inverse_reg);
-        for (int64_t i = begin; i < end; ++i)
-            if (a[i] > 0)
-                sum += a[i] * vexp<T>(((new_f[i] - load(c + (i - begin) * item.cols + j)) - origin) * item.inverse_reg);
-        store(peaks + j, peak);
-        store(sums + j, sum);
-    }
 }
 
 // ---- one iteration --------------------------------------------------------------------------------------------------
@@ -346,7 +232,10 @@ void Sinkhorn<T>::row_step(bool in_kernel, bool columns_too, bool compare) {
         const int64_t begin = k * block, end = minimum(begin + block, item.rows);
         T *sums = partial_sums + k * item.cols, *peaks = partial_peaks + k * item.cols;
         if (in_kernel) {
-            kernel_rows(begin, end, columns_too, compare, sums, notes[k]);
+            if (relaxed)
+                relaxed_kernel_rows(begin, end, columns_too, compare, sums, notes[k]);
+            else
+                kernel_rows(begin, end, columns_too, compare, sums, notes[k]);
             continue;
         }
         notes[k].error = 0;
@@ -361,97 +250,28 @@ void Sinkhorn<T>::row_step(bool in_kernel, bool columns_too, bool compare) {
     team.barrier();
 }
 
-// The column half. In the kernel domain it returns false, on every thread alike, when the pass does not count.
+// By every thread over all columns, whose log_ratio is complete. Points that reach nothing have log_ratio -inf.
 template <class T>
-bool Sinkhorn<T>::column_step(bool in_kernel) {
-    typedef Range<T> R;
+typename Sinkhorn<T>::MassStep Sinkhorn<T>::mass_step() const {
     constexpr int width = Simd<T>::width;
-    int64_t begin, end;
-    own_columns(begin, end);
-    if (!in_kernel) {
-        const Vec<T> none = splat(-infinity<T>());
-        for (int64_t j = begin; j < end; j += width) {
-            Vec<T> peak = none, sum{};
-            for (int64_t k = 0; k < blocks; ++k) peak = vmax<T>(load(partial_peaks + k * item.cols + j), peak);
-            const Bits<T> alive = peak > none;
-            const Vec<T> origin = select<T>(alive, peak, Vec<T>{});
-            for (int64_t k = 0; k < blocks; ++k)
-                sum += load(partial_sums + k * item.cols + j) *
-                       vexp<T>((load(partial_peaks + k * item.cols + j) - origin) * item.inverse_reg);
-            sum = vmax<T>(sum, splat(T(sizeof(T) == 4 ? 1.2e-38 : 2.3e-308)));
-            store(G + j, select<T>(alive, -(origin + item.reg * vlog<T>(sum)), Vec<T>{}));
-            store(dead_b + j, select<T>(alive, Vec<T>{}, splat(T(1))));
-        }
-        own_rows(begin, end);
-        for (int64_t i = begin; i < end; ++i) F[i] = new_f[i];
-        team.barrier();
-        return true;
+    const Vec<T> none = splat(-infinity<T>());
+    Vec<T> peaks = none, sums{}, gaps{};
+    for (int64_t j = 0; j < item.cols; j += width)
+        peaks = vmax<T>(select<T>(load(b + j) > 0, load(log_ratio + j), none), peaks);
+    const T peak = horizontal_max<T>(peaks);
+    if (peak == -infinity<T>()) return {0, 0, double(mass), true};
+    for (int64_t j = 0; j < item.cols; j += width) {
+        const Vec<T> weight = load(b + j);
+        sums += weight * vexp<T>(select<T>(weight > 0, load(log_ratio + j), none) - peak);
     }
-    // Read before the barrier: afterwards a faster thread may already write its notes of the next pass.
-    T least_row = infinity<T>(), most_row = 0, heaviest_row = 0;
-    for (int64_t k = 0; k < blocks; ++k) {
-        least_row = minimum(notes[k].smallest, least_row);
-        most_row = maximum(notes[k].largest, most_row);
-        heaviest_row = maximum(notes[k].heaviest, heaviest_row);
+    const T log_moved = peak + log_of(maximum(horizontal_sum<T>(sums), tiny<T>()));
+    const T change = log_of(maximum(mass, tiny<T>())) - log_moved;
+    for (int64_t j = 0; j < item.cols; j += width) {
+        const Vec<T> x = load(log_ratio + j);
+        // As for g = o at the cap, and any g < o below it.
+        gaps += load(b + j) * side_b.gap(vexp<T>(x + change), select<T>(x < 0, Vec<T>{}, splat(T(-1))), Vec<T>{});
     }
-    Vec<T> smallest = splat(infinity<T>()), largest{}, heaviest{};
-    for (int64_t j = begin; j < end; j += width) {
-        Vec<T> sum = load(partial_sums + j);
-        for (int64_t k = 1; k < blocks; ++k) sum += load(partial_sums + k * item.cols + j);
-        sum += load(dead_b + j);
-        smallest = vmin<T>(sum, smallest);
-        largest = vmax<T>(sum, largest);
-        const Vec<T> inverse = 1 / sum;
-        heaviest = vmax<T>(load(b + j) * load(v + j), heaviest);
-        store(new_v + j, inverse);
-        store(new_bv + j, load(b + j) * inverse);
-    }
-    column_notes[team.rank * 3] = -horizontal_max<T>(-smallest);
-    column_notes[team.rank * 3 + 1] = horizontal_max<T>(largest);
-    column_notes[team.rank * 3 + 2] = horizontal_max<T>(heaviest);
-    team.barrier();
-    T least_col = infinity<T>(), most_col = 0, heaviest_col = 0;
-    for (int k = 0; k < team.size; ++k) {
-        least_col = minimum(column_notes[k * 3], least_col);
-        most_col = maximum(column_notes[k * 3 + 1], most_col);
-        heaviest_col = maximum(column_notes[k * 3 + 2], heaviest_col);
-    }
-    return least_row >= maximum(R::least, R::share * heaviest_col) && most_row <= R::most &&
-           least_col >= maximum(R::least, R::share * heaviest_row) && most_col <= R::most;
-}
-
-// Whether the row sums of a pass that no column half follows lost nothing that matters; the same on every thread.
-template <class T>
-bool Sinkhorn<T>::row_sums_count() const {
-    T least_row = infinity<T>(), most_row = 0, heaviest_col = 0;
-    for (int64_t k = 0; k < blocks; ++k) {
-        least_row = minimum(notes[k].smallest, least_row);
-        most_row = maximum(notes[k].largest, most_row);
-    }
-    for (int64_t j = 0; j < item.cols; ++j) heaviest_col = maximum(bv[j], heaviest_col);
-    return least_row >= maximum(Range<T>::least, Range<T>::share * heaviest_col) && most_row <= Range<T>::most;
-}
-
-// f, g from the scalings, each thread its own part.
-template <class T>
-void Sinkhorn<T>::leave_kernel() {
-    constexpr int width = Simd<T>::width;
-    int64_t begin, end;
-    own_rows(begin, end);
-    for (int64_t i = begin; i < end; i += kGroup) {
-        // Groups of rows are shorter than most vectors.
-        alignas(64) T sums[Simd<T>::width > kGroup ? Simd<T>::width : kGroup];
-        for (int r = 0; r < int(sizeof(sums) / sizeof(T)); ++r) sums[r] = r < kGroup ? counted_sums[i + r] : T(1);
-        for (int r = 0; r < kGroup; r += width) store(sums + r, vlog<T>(load(sums + r)));
-        for (int r = 0; r < kGroup; ++r) F[i + r] -= item.reg * sums[r], counted_sums[i + r] = 1;
-    }
-    own_columns(begin, end);
-    for (int64_t j = begin; j < end; j += width) {
-        store(G + j, load(G + j) + item.reg * vlog<T>(load(v + j)));
-        store(v + j, splat(T(1)));
-        store(bv + j, load(b + j));
-    }
-    team.barrier();
+    return {vexp<T>(splat(log_moved))[0], change, double(horizontal_sum<T>(gaps)), false};
 }
 
 // After the last row half: rows without weight follow the final g.
@@ -471,29 +291,38 @@ void Sinkhorn<T>::finish(bool in_kernel) {
 }
 
 template <class T>
-int Sinkhorn<T>::run(const void *g_init, int64_t max_iter, double tol, bool check) {
-    const int found = prepare(g_init, check);
-    bool in_kernel = false;
-    int64_t passes = 0;             // counted passes since K was built
-    int64_t log_run = 1, left = 0;  // log-domain iterations to do before the next attempt
-    if (stored) {
-        start_rows();
-        in_kernel = build_kernel();
-        if (!in_kernel) left = log_run;
+int Sinkhorn<T>::run(const ForwardCall &call) {
+    const int found = prepare(call.g_init, call.check);
+    const int64_t max_iter = call.max_iter;
+    set_eps(item.reg);
+    if (partial) {
+        int64_t begin, end;
+        own_columns(begin, end);
+        for (int64_t j = begin; j < end; ++j) G[j] = minimum(G[j], offset_b[j]);
+        team.barrier();
     }
+    set_eps(first_eps(call));
+    bool in_kernel = enter_kernel();
+    bool at_reg = false;                  // the last iteration was done at reg
+    int64_t passes = 0;                   // counted passes since K was built
+    int64_t log_run = 1, left = log_run;  // log-domain iterations to do before the next attempt
     for (;;) {
-        const bool last = iterations == max_iter, compare = iterations > 0 && (last || tol >= 0);
+        const bool last = iterations == max_iter, compare = at_reg && (last || call.tol >= 0);
         row_step(in_kernel, !last, compare);
         if (compare) error = combined_error();
-        if (last || (compare && error <= tol)) {
+        if (last || (compare && error <= call.tol)) {
             if (!in_kernel || row_sums_count()) break;
             leave_kernel();
             in_kernel = false;
             left = log_run = 1;
             continue;
         }
-        const bool counts = column_step(in_kernel);
-        if (in_kernel && !counts) {
+        bool counts = true;
+        if (in_kernel)
+            counts = kernel_column_step();
+        else
+            log_column_step();
+        if (!counts) {
             log_run = passes == 0 ? minimum<int64_t>(2 * log_run, 32) : 1;
             left = log_run;
             leave_kernel();
@@ -501,12 +330,16 @@ int Sinkhorn<T>::run(const void *g_init, int64_t max_iter, double tol, bool chec
             continue;
         }
         ++iterations;
-        if (in_kernel) {
+        at_reg = eps == item.reg;
+        if (!at_reg) {
+            set_eps(iterations + 1 == max_iter ? item.reg : maximum(item.reg, eps * T(call.eps_factor)));
+            in_kernel = enter_kernel();
+        } else if (in_kernel) {
             exchange(row_sums, counted_sums);
             exchange(v, new_v);
             exchange(bv, new_bv);
             ++passes;
-        } else if (stored && --left <= 0 && iterations < max_iter) {
+        } else if (absorbs && --left <= 0 && iterations < max_iter) {
             in_kernel = build_kernel();
             passes = 0;
             if (!in_kernel) {

@@ -10,14 +10,17 @@ import functools
 import torch
 from torch import Tensor
 
-from otkern.problem import Inputs, non_finite_points
+from otkern.problem import KINDS, Inputs, PlanWeights, Schedule, non_finite_points
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _METRICS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2, "dot": 3, "cost": 4}
 _ARGUMENTS = ("X_a", "X_b", "M")
 
-# The cost of an item up to this size is kept during the iterations, with as much again for the kernel. A larger one is
-# computed again from the points in every iteration, and memory stays linear in its rows and columns.
+Needs = tuple[bool, bool, bool, bool, bool]
+
+# The cost of an item up to this size is kept during the iterations, with as much again for the kernel; so is the plan
+# of the implicit gradient. A larger one is computed again from the points in every iteration, and memory stays linear
+# in its rows and columns.
 STORE_BYTES = 256 << 20
 
 
@@ -31,19 +34,46 @@ def missing() -> str | None:
     return None
 
 
-def can_run(inputs: Inputs) -> str | None:
+def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
     """None if this backend serves the call, else one sentence that says why not."""
     if inputs.device.type != "cpu":
         return f"the cpu backend takes CPU tensors, not {inputs.device.type} tensors"
     if inputs.primary.dtype not in _DTYPES:
         return f"the cpu backend takes float64, float32, bfloat16 and float16, not {inputs.primary.dtype}"
+    if schedule is not None and (schedule.update != "alternating" or schedule.overrelaxation != 1):
+        return "the cpu backend iterates with update='alternating' and overrelaxation=1 only"
     return missing()
 
 
+def regime(inputs: Inputs, schedule: Schedule | None = None) -> str:
+    """What is done with problems of this size, in a sentence."""
+    entries = inputs.max_a * inputs.max_b
+    size = entries * (8 if inputs.compute_dtype == torch.float64 else 4)
+    threads = torch.get_num_threads()
+    if size <= STORE_BYTES:
+        kept = f"the largest cost, {inputs.max_a} x {inputs.max_b}, is formed once and kept ({size >> 10} KiB)"
+    else:
+        kept = f"costs above {STORE_BYTES >> 20} MiB are formed again in each iteration, in panels"
+    return (
+        f"{_native_level()} kernels on at most {threads} threads; {kept}; iterations by multiply-adds on exp(-C / reg)"
+    )
+
+
+def _native_level() -> str:
+    from otkern import _native
+
+    return _native.cpu_level()
+
+
 def forward(
-    inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float, check: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sinkhorn iterations; the values, potentials, marginal errors and iteration counts of the batch.
+    inputs: Inputs,
+    g_init: Tensor | None,
+    max_iter: int,
+    tol: float,
+    schedule: Schedule | None = None,
+    check: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sinkhorn iterations; the values, potentials, multipliers, marginal errors and iteration counts of the batch.
 
     Raises:
         ValueError: ``check`` is set and a point is not finite, or a cost is NaN or -inf, within the true length.
@@ -51,13 +81,18 @@ def forward(
     from otkern import _native
 
     problem, alive = _problem(inputs)
-    g_init = None if g_init is None else g_init.contiguous()
+    g_init = _contiguous(g_init)
+    schedule = schedule or Schedule()
+    eps_start = _contiguous(schedule.eps_start)
     value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
     f, g = _empty(inputs, True, inputs.shape_f), _empty(inputs, False, inputs.shape_g)
+    multipliers = alive.reg.new_empty((inputs.batch, 2))
     n_iters = torch.empty(inputs.batch, dtype=torch.int32)
     bad = _native.cpu_forward(
         problem,
         g_init=_address(g_init),
+        eps_start=_address(eps_start),
+        eps_factor=schedule.eps_factor,
         max_iter=max_iter,
         tol=tol,
         check=check,
@@ -65,6 +100,7 @@ def forward(
         value=value.data_ptr(),
         f=f.data_ptr(),
         g=g.data_ptr(),
+        multipliers=multipliers.data_ptr(),
         marginal_error=marginal_error.data_ptr(),
         n_iters=n_iters.data_ptr(),
         threads=torch.get_num_threads(),
@@ -72,39 +108,149 @@ def forward(
     if bad is not None:
         item, argument = bad
         raise non_finite_points(_ARGUMENTS[argument], item)
-    return value, f, g, marginal_error, n_iters
+    return value, f, g, multipliers, marginal_error, n_iters
 
 
-def backward(
-    inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: tuple[bool, bool, bool, bool, bool]
-) -> tuple[Tensor | None, ...]:
-    """The partial derivatives of the dual objective at fixed potentials, times dvalue; None where not needed."""
+def symmetric(
+    inputs: Inputs,
+    eps_start: Tensor,
+    n_steps: Tensor,
+    eps_factor: float,
+    cost_floor: float,
+    n_cross: int,
+    check: bool = True,
+) -> tuple[Tensor, ...]:
+    """(s_a, s_b, f, g, r_a, r_b) of GeomLoss's loop: the potentials f and g after the ladder, their soft minima at
+    ``reg``, and the sums of shares that belong to those, which are 1 but for rounding.
+
+    Raises:
+        ValueError: as `forward` does.
+    """
     from otkern import _native
 
-    needs_a, needs_b, needs_cost, needs_weights, needs_reg = needs
+    problem, alive = _problem(inputs)
+    eps_start, n_steps = eps_start.to(alive.reg.dtype).contiguous(), n_steps.to(torch.int32).contiguous()
+    s_a, f, r_a = (_empty(inputs, True, inputs.shape_f) for _ in range(3))
+    s_b, g, r_b = (_empty(inputs, False, inputs.shape_g) for _ in range(3))
+    bad = _native.cpu_symmetric(
+        problem,
+        eps_start=eps_start.data_ptr(),
+        n_steps=n_steps.data_ptr(),
+        eps_factor=eps_factor,
+        cost_floor=cost_floor,
+        n_cross=n_cross,
+        check=check,
+        store_bytes=STORE_BYTES,
+        s_a=s_a.data_ptr(),
+        s_b=s_b.data_ptr(),
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        r_a=r_a.data_ptr(),
+        r_b=r_b.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    if bad is not None:
+        item, argument = bad
+        raise non_finite_points(_ARGUMENTS[argument], item)
+    return s_a, s_b, f, g, r_a, r_b
+
+
+def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    """(dx_a, dx_b, dcost) at fixed potentials, times dvalue, and (ratio_a, ratio_b, entropy), not times dvalue.
+
+    None where not needed; where dvalue is 0, everything is.
+    """
+    from otkern import _native
+
     problem, alive = _problem(inputs)
     f, g, dvalue = f.contiguous(), g.contiguous(), dvalue.contiguous()
-    dtype = inputs.primary.dtype
-    dx_a = _empty(inputs, True, inputs.x_a.shape, dtype) if needs_a else None
-    dx_b = _empty(inputs, False, inputs.x_b.shape, dtype) if needs_b else None
-    dcost = torch.empty(inputs.cost.shape, dtype=dtype) if needs_cost else None
-    da = _empty(inputs, True, inputs.shape_f) if needs_weights and inputs.a is not None else None
-    db = _empty(inputs, False, inputs.shape_g) if needs_weights and inputs.b is not None else None
-    dreg = torch.empty_like(alive.reg) if needs_reg else None
+    grads = _gradients(inputs, needs)
+    names = ("dx_a", "dx_b", "dcost", "ratio_a", "ratio_b", "entropy")
     _native.cpu_backward(
         problem,
         f=f.data_ptr(),
         g=g.data_ptr(),
         dvalue=dvalue.data_ptr(),
-        dx_a=_address(dx_a),
-        dx_b=_address(dx_b),
-        dcost=_address(dcost),
-        da=_address(da),
-        db=_address(db),
-        dreg=_address(dreg),
+        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
         threads=torch.get_num_threads(),
     )
-    return dx_a, dx_b, dcost, da, db, dreg
+    del alive
+    return grads
+
+
+def plan_backward(
+    inputs: Inputs, f: Tensor, g: Tensor, weights: PlanWeights, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """(dx_a, dx_b, dcost, sum_a, sum_b, sum_reg): sums over the plan with given weights; None where not needed."""
+    from otkern import _native
+
+    problem, alive = _problem(inputs)
+    f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(_contiguous, weights))
+    grads = _gradients(inputs, needs)
+    names = ("dx_a", "dx_b", "dcost", "sum_a", "sum_b", "sum_reg")
+    _native.cpu_plan_backward(
+        problem,
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        **{name: _address(weight) for name, weight in weights._asdict().items()},
+        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
+        threads=torch.get_num_threads(),
+    )
+    del alive
+    return grads
+
+
+def _gradients(inputs: Inputs, needs: Needs) -> tuple[Tensor | None, ...]:
+    """Memory for what `backward` and `plan_backward` return."""
+    needs_a, needs_b, needs_cost, needs_sums, needs_reg = needs
+    dtype = inputs.primary.dtype
+    return (
+        _empty(inputs, True, inputs.x_a.shape, dtype) if needs_a else None,
+        _empty(inputs, False, inputs.x_b.shape, dtype) if needs_b else None,
+        torch.empty(inputs.cost.shape, dtype=dtype) if needs_cost else None,
+        _empty(inputs, True, inputs.shape_f) if needs_sums else None,
+        _empty(inputs, False, inputs.shape_g) if needs_sums else None,
+        inputs.reg.new_empty(inputs.batch) if needs_reg else None,
+    )
+
+
+def implicit(
+    inputs: Inputs,
+    f: Tensor,
+    g: Tensor,
+    slope_a: Tensor | None,
+    slope_b: Tensor | None,
+    extra_a: Tensor | None,
+    extra_b: Tensor | None,
+    u_a: Tensor,
+    u_b: Tensor,
+    singular: bool,
+    tol: float,
+    max_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint of the fixed point: p, q, the relative residuals and the iterations of conjugate gradients."""
+    from otkern import _native
+
+    problem, alive = _problem(inputs)
+    vectors = {"f": f, "g": g, "slope_a": slope_a, "slope_b": slope_b}
+    vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
+    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
+    p, q = _empty(inputs, True, inputs.shape_f), _empty(inputs, False, inputs.shape_g)
+    residual, n_iters = torch.empty_like(alive.reg), torch.empty(inputs.batch, dtype=torch.int32)
+    _native.cpu_implicit(
+        problem,
+        **{name: _address(vector) for name, vector in vectors.items()},
+        singular=singular,
+        tol=tol,
+        max_iter=max_iter,
+        store_bytes=STORE_BYTES,
+        p=p.data_ptr(),
+        q=q.data_ptr(),
+        residual=residual.data_ptr(),
+        n_iters=n_iters.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return p, q, residual, n_iters
 
 
 def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
@@ -150,6 +296,7 @@ def _problem(inputs: Inputs):
         a=_contiguous(inputs.a),
         b=_contiguous(inputs.b),
         reg=inputs.reg.contiguous(),
+        relaxation=_contiguous(inputs.relaxation),
         lengths_a=_contiguous(inputs.lengths_a),
         lengths_b=_contiguous(inputs.lengths_b),
         cu_seqlens_a=_contiguous(inputs.cu_seqlens_a),
@@ -170,6 +317,9 @@ def _problem(inputs: Inputs):
         a=_address(alive.a),
         b=_address(alive.b),
         reg=alive.reg.data_ptr(),
+        kind=KINDS.index(inputs.kind),
+        entropy=inputs.entropy,
+        relaxation=_address(alive.relaxation),
         lengths_a=_address(alive.lengths_a),
         lengths_b=_address(alive.lengths_b),
         cu_seqlens_a=_address(alive.cu_seqlens_a),
