@@ -48,7 +48,7 @@ def make_inputs(sizes, d=5, metric="cosine", reg=0.1, dtype=torch.float32, seed=
                 w[1] = 0
             weights[i, :size] = (w / w.sum()).to(compute)
     lengths_a, lengths_b = (torch.tensor(side, dtype=torch.int32) for side in zip(*sizes, strict=True))
-    tensors = [x, y, None, a, b, torch.full((len(sizes),), reg, dtype=compute), lengths_a, lengths_b, None, None]
+    tensors = [x, y, None, a, b, torch.full((len(sizes),), reg, dtype=compute), None, lengths_a, lengths_b, None, None]
     tensors = [t if t is None else t.to(DEVICE) for t in tensors]
     return Inputs(*tensors, N, M, metric)
 
@@ -82,7 +82,7 @@ def assert_as_accurate_as_plain(actual, inputs: Inputs, max_iter: int, tol: floa
         allowed = 2 * (theirs.double() - truth).abs().max() + 4 * torch.finfo(ours.dtype).eps * scale
         error = (ours.double() - truth).abs().max()
         assert error <= allowed, f"{name}: {float(error)} > {float(allowed)}"
-    assert torch.equal(actual[4].cpu(), exact[4].cpu())
+    assert torch.equal(actual[5].cpu(), exact[5].cpu())
 
 
 def test_bits_do_not_depend_on_the_classes_of_batch_mates(triton_backend):
@@ -113,7 +113,7 @@ def test_problems_beyond_one_program_stop_one_by_one(triton_backend, small_class
     inputs = make_inputs([(20, 17), (18, 2)], metric="cosine", reg=0.3)
     inputs.reg[1] = 30.0
     actual = triton_backend.forward(inputs, None, 12, 1e-3)
-    assert actual[4][0] != actual[4][1]
+    assert actual[5][0] != actual[5][1]
     assert_as_accurate_as_plain(actual, inputs, 12, 1e-3)
 
 
@@ -123,14 +123,14 @@ def test_gradients_over_several_tiles_match_the_reference(triton_backend, monkey
     monkeypatch.setattr(launch, "BACKWARD", {dtype: entries[:1] for dtype, entries in launch.BACKWARD.items()})
     for dtype in (torch.float32, torch.bfloat16):
         inputs = make_inputs([(20, 40), (3, 2)], metric="euclidean", dtype=dtype)
-        _, f, g, _, _ = reference.forward(inputs, None, 3, -1.0)
+        _, f, g, *_ = reference.forward(inputs, None, 3, -1.0)
         dvalue = torch.tensor([1.0, -2.0], device=DEVICE)
         needs = (True, True, False, True, False)
         actual = triton_backend.backward(inputs, f, g, dvalue, needs)
         exact = reference.backward(in_fp64(inputs), f.double(), g.double(), dvalue.double(), needs)
         for ours, truth in zip(actual, exact, strict=True):
             if ours is not None:
-                tolerance = 4 * torch.finfo(ours.dtype).eps if dtype == torch.bfloat16 else 1e-5
+                tolerance = 4 * torch.finfo(ours.dtype).eps if ours.dtype == torch.bfloat16 else 1e-5
                 assert (ours.double() - truth).abs().max() <= tolerance * truth.abs().max()
 
 
@@ -255,7 +255,7 @@ def test_offsets_beyond_32_bits_reach_their_points(triton_backend, shape):
     x.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
     y = torch.randn(shape[0], 2, 3, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.bfloat16)
     reg = torch.ones(shape[0], device=DEVICE)
-    far = Inputs(x, y, None, None, None, reg, None, None, None, None, shape[1], 2, "cosine")
+    far = Inputs(x, y, None, None, None, reg, None, None, None, None, None, shape[1], 2, "cosine")
     near = far._replace(x_a=x.contiguous())
     for ours, theirs in zip(*(triton_backend.forward(inputs, None, 2, -1.0) for inputs in (far, near)), strict=True):
         assert torch.equal(ours, theirs)
@@ -282,7 +282,7 @@ def test_nothing_waits_for_the_device(triton_backend):
     inputs = make_inputs([(200, 150), (60, 70), (5, 9)], d=64)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        value, f, g, _, _ = triton_backend.forward(inputs, None, 20, 1e-3)
+        value, f, g, *_ = triton_backend.forward(inputs, None, 20, 1e-3)
         triton_backend.backward(inputs, f, g, torch.ones_like(value), (True, True, False, True, True))
         triton_backend.apply(inputs, f, g, inputs.x_b.nan_to_num(), False, False)
     finally:

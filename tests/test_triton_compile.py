@@ -51,12 +51,14 @@ def launches(everything: bool = True, large: bool = False):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from otkern.backends.triton import launch
-    from otkern.problem import Inputs
+    from otkern.backends.triton import launch, launch_implicit, launch_plan, launch_relaxed
 
     recorded = []
     launch.on_device = lambda device: contextlib.nullcontext()
-    modules = (launch.onchip_forward, launch.global_forward, launch.plan_backward)
+    modules = (
+        *(launch.onchip_forward, launch.global_forward, launch_relaxed.onchip_relaxed, launch_relaxed.global_relaxed),
+        *(launch_plan.plan_products, launch_implicit.conjugate_gradients),
+    )
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     for module in modules:
         for name, kernel in kernels.items():
@@ -66,31 +68,42 @@ def launches(everything: bool = True, large: bool = False):
         for dtype, metric, regular in cases(torch, everything):
             recorded_before = len(recorded)
             for sizes in LARGE if large else [(320, 288) if regular else (301, 299)]:
-                run_launcher(launch, Inputs, torch, dtype, metric, regular, *sizes)
+                run_balanced(*problem(torch, dtype, metric, regular, *sizes))
+                # 16-bit points and strides only matter to the tile of the cost, which the balanced solve compiles for
+                # all targets, and so does the metric among points, but for the registers that it leaves.
+                fewer = metric == "cost" or (metric == "cosine" if dtype == torch.bfloat16 else metric == "sqeuclidean")
+                full = everything and dtype == torch.float32
+                if regular and (full or (fewer and (everything or dtype != torch.bfloat16))):
+                    run_other_kinds(*problem(torch, dtype, metric, regular, *sizes))
             for entry in recorded[recorded_before:]:
                 entry["label"] += f" {str(dtype).split('.')[1]} {metric}{'' if regular else ' irregular'}"
     return recorded
 
 
-def run_launcher(launch, Inputs, torch, dtype, metric, regular: bool, N: int, M: int) -> None:
-    """Forward, backward and apply of a batch that may hold every size class; irregular strides allow no wide loads."""
+def problem(torch, dtype, metric, regular: bool, N: int, M: int):
+    """A batch that may hold every size class, and how to make more tensors; irregular strides allow no wide loads."""
+    from otkern.problem import Inputs
+
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     D = 64 if regular else 67
 
-    def new(*shape, kind=dtype):
+    def new(*shape, kind=compute):
         return torch.empty(shape, dtype=kind, device="cuda")
 
     def points(size):
-        return new(2, size, D)
+        return new(2, size, D, kind=dtype)
 
-    cost = (new(2, N, M) if regular else new(2, M, N).transpose(1, 2)) if metric == "cost" else None
+    cost = None
+    if metric == "cost":
+        cost = new(2, N, M, kind=dtype) if regular else new(2, M, N, kind=dtype).transpose(1, 2)
     inputs = Inputs(
         x_a=points(N) if cost is None else None,
         x_b=points(M) if cost is None else None,
         cost=cost,
-        a=new(2, N, kind=compute),
-        b=new(2, M, kind=compute),
-        reg=new(2, kind=compute),
+        a=new(2, N),
+        b=new(2, M),
+        reg=new(2),
+        relaxation=None,
         lengths_a=None,
         lengths_b=None,
         cu_seqlens_a=None,
@@ -99,9 +112,28 @@ def run_launcher(launch, Inputs, torch, dtype, metric, regular: bool, N: int, M:
         max_b=M,
         metric=metric,
     )
-    value, f, g, _, _ = launch.forward(inputs, None, 1, -1.0)
-    launch.backward(inputs, f, g, value, (cost is None, cost is None, cost is not None, True, True))
-    launch.apply(inputs, f, g, new(2, M, D, kind=compute), False, False)
+    needs = (cost is None, cost is None, cost is not None, True, True)
+    return inputs, needs, new
+
+
+def run_balanced(inputs, needs, new) -> None:
+    """The balanced solve, its gradients and products."""
+    from otkern.backends.triton import launch, launch_plan
+
+    value, f, g, *_ = launch.forward(inputs, None, 1, -1.0)
+    launch_plan.backward(inputs, f, g, value, needs)
+    launch_plan.apply(inputs, f, g, new(2, inputs.max_b, 64), False, False)
+
+
+def run_other_kinds(inputs, needs, new) -> None:
+    """The solve of every kind of marginals, which are flags but for the larger problem of null points, and implicit."""
+    from otkern.backends.triton import launch_implicit, launch_plan, launch_relaxed
+    from otkern.problem import PlanWeights, Schedule
+
+    inputs = inputs._replace(kind="null", relaxation=new(2, 2))
+    _, f, g, *_ = launch_relaxed.forward(inputs, None, 1, -1.0, Schedule(eps_start=inputs.reg))
+    launch_plan.plan_backward(inputs, f, g, PlanWeights(inputs.reg), needs)
+    launch_implicit.implicit(inputs, f, g, (f, g, f, g), f, g, False, 1e-6, 1)
 
 
 class Recorder:
@@ -241,12 +273,23 @@ def test_all_kernels_are_launched_and_128_points_by_one_program():
         "cost_forward_kernel",
         "half_update_forward_kernel",
         "finish_forward_kernel",
+        "onchip_relaxed_forward_kernel",
+        "enlarged_weights_kernel",
+        "half_update_relaxed_kernel",
+        "finish_relaxed_kernel",
         "plan_backward_kernel",
         "reg_backward_kernel",
         "plan_apply_kernel",
+        "onchip_implicit_kernel",
+        "scaled_product_kernel",
+        "log_weights_kernel",
+        "scales_kernel",
+        "begin_gradients_kernel",
+        "step_gradients_kernel",
     }
-    onchip = {tuple(label[1:4]) for label in labels if label[0] == "onchip_forward_kernel"}
-    assert onchip >= {("128", "float32", metric) for metric in ("sqeuclidean", "cosine", "cost")}
+    for name in ("onchip_forward_kernel", "onchip_relaxed_forward_kernel", "onchip_implicit_kernel"):
+        onchip = {tuple(label[1:4]) for label in labels if label[0] == name}
+        assert onchip >= {("128", "float32", metric) for metric in ("sqeuclidean", "cosine", "cost")}
 
 
 def test_grids_of_large_problems_stay_within_the_limits_of_cuda():

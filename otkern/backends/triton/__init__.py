@@ -3,11 +3,15 @@
 Problems of up to 128 x 128 points (64 x 64 in fp64) are solved whole by one program each, larger ones by launches over
 their blocks. Triton is imported with the first call, not before.
 
-    launch.py          the launch table and the grids
+    launch.py          the launch table, the grids and the balanced solve; launch_*.py: the other functions
     tiles.py           the cost tile that every kernel starts from
-    onchip_forward.py  the solve in one launch
-    global_forward.py  the solve of larger problems
-    plan_backward.py   everything that needs the plan: gradients and products
+    onchip_forward.py  the balanced solve in one launch
+    global_forward.py  the same of larger problems
+    relaxation.py      what other marginals than balanced ones change about one side
+    onchip_relaxed.py  the solve for every kind of marginals, or with a schedule, in one launch
+    global_relaxed.py  the same of larger problems
+    plan_products.py   everything that needs the plan: gradients and products
+    conjugate_gradients.py  the adjoint of the fixed point
 """
 
 from __future__ import annotations
@@ -17,13 +21,17 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from otkern.problem import Inputs, check_points, item_sizes
+from otkern.problem import Inputs, PlanWeights, Schedule, check_points, item_sizes
+
+Needs = tuple[bool, bool, bool, bool, bool]
 
 
-def can_run(inputs: Inputs) -> str | None:
+def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
     """None if this backend can serve the call, else one sentence why not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if schedule is not None and (schedule.update != "alternating" or schedule.overrelaxation != 1):
+        return "the triton backend iterates by alternating updates without over-relaxation; use the reference backend"
     if inputs.device.type == "cuda":
         return None
     if inputs.device.type != "cpu":
@@ -36,31 +44,80 @@ def can_run(inputs: Inputs) -> str | None:
     return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the first import"
 
 
-def forward(
-    inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float, check: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The values (B,), potentials, marginal errors (B,) and iteration counts (B,) of the batch."""
+def regime(inputs: Inputs, schedule: Schedule | None = None) -> str:
+    """What is done with problems of this size, in a sentence."""
     from . import launch
+
+    relaxed = inputs.kind != "balanced" or (schedule is not None and schedule.eps_start is not None)
+    limit = (launch.RELAXED if relaxed else launch.FORWARD)[inputs.primary.dtype][-1].block
+    longest = max(inputs.max_a, inputs.max_b) + (inputs.kind == "null")
+    onchip = f"items of up to {limit} x {limit} points whole on chip, one program each"
+    if longest <= limit:
+        return onchip
+    return f"{onchip}; larger ones with their cost in memory, two launches an iteration"
+
+
+def forward(
+    inputs: Inputs,
+    g_init: Tensor | None,
+    max_iter: int,
+    tol: float,
+    schedule: Schedule | None = None,
+    check: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The values (B,), potentials, multipliers (B, 2), marginal errors (B,) and iteration counts (B,) of the batch."""
+    from . import launch, launch_relaxed
 
     if check:
         check_points(inputs)
-    return launch.forward(inputs, g_init, max_iter, tol)
+    if inputs.kind != "balanced" or (schedule is not None and schedule.eps_start is not None):
+        return launch_relaxed.forward(inputs, g_init, max_iter, tol, schedule)
+    value, f, g, error, iters = launch.forward(inputs, g_init, max_iter, tol)
+    return value, f, g, value.new_zeros(inputs.batch, 2), error, iters
 
 
-def backward(
-    inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: tuple[bool, bool, bool, bool, bool]
+def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    """Gradients (x_a, x_b, cost) of the values at fixed potentials, sum_j b E, sum_i a E, and sum a b h(log E) (B,)."""
+    from . import launch_plan
+
+    return launch_plan.backward(inputs, f.contiguous(), g.contiguous(), dvalue, needs)
+
+
+def plan_backward(
+    inputs: Inputs, f: Tensor, g: Tensor, weights: PlanWeights, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    """Gradients (x_a, x_b, cost, a, b, reg) of the values at fixed potentials, None where not needed."""
-    from . import launch
+    """Sums over the plan with general weights: (x_a, x_b, cost), one per row, one per column, and one per item."""
+    from . import launch_plan
 
-    return launch.backward(inputs, f.contiguous(), g.contiguous(), dvalue, needs)
+    return launch_plan.plan_backward(inputs, f.contiguous(), g.contiguous(), weights, needs)
+
+
+def implicit(
+    inputs: Inputs,
+    f: Tensor,
+    g: Tensor,
+    slope_a: Tensor | None,
+    slope_b: Tensor | None,
+    extra_a: Tensor | None,
+    extra_b: Tensor | None,
+    u_a: Tensor,
+    u_b: Tensor,
+    singular: bool,
+    tol: float,
+    max_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint (p, q) of the fixed point, its relative residuals (B,) and conjugate-gradient iterations (B,)."""
+    from . import launch_implicit
+
+    sides = (slope_a, slope_b, extra_a, extra_b)
+    return launch_implicit.implicit(inputs, f.contiguous(), g.contiguous(), sides, u_a, u_b, singular, tol, max_iter)
 
 
 def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
     """P @ v or P^T @ v, with `times_cost` the elementwise product of P and C in place of P; compute dtype."""
-    from . import launch
+    from . import launch_plan
 
-    return launch.apply(inputs, f.contiguous(), g.contiguous(), v, transpose, times_cost)
+    return launch_plan.apply(inputs, f.contiguous(), g.contiguous(), v, transpose, times_cost)
 
 
 def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from otkern.problem import METRICS, Inputs
 
-from . import global_forward, onchip_forward, plan_backward
+from . import global_forward, onchip_forward
 
 
 class Launch(NamedTuple):
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     precision: str  # of tl.dot on fp32 operands; 16-bit and fp64 operands have only one
-    part: int = 0  # onchip_forward: rows of the cost formed at once, all of them if 0
+    part: int = 0  # where the whole cost is held: rows of it formed at once, all of them if 0
 
 
 # tf32 alone would lose half of the digits of fp32 input. "ieee" is fp32 multiply-add; "tf32x3" uses the matrix units,
@@ -53,6 +53,11 @@ FORWARD = {
 }
 FORWARD[torch.float16] = FORWARD[torch.bfloat16]
 
+# Solves in the log domain, which hold the cost alone, and systems of equations, which hold the plan. In fp64 their
+# vectors spill beside a tile of 64 (up to 220 bytes).
+RELAXED = FORWARD | {torch.float64: FORWARD[torch.float64][:2]}
+IMPLICIT = RELAXED
+
 # Cost tiles of the problems beyond the largest class.
 COST = {
     torch.float32: Launch(64, 32, 8, 1, "ieee"),
@@ -69,8 +74,11 @@ BACKWARD = {
     torch.float64: (Launch(16, 16, 2, 1, "ieee"), Launch(32, 16, 4, 1, "ieee")),
 }
 BACKWARD[torch.float16] = BACKWARD[torch.bfloat16]
+# With general weights the largest tile of each dtype spills (456 bytes in fp32, 1420 in fp64).
+BACKWARD_GENERAL = {dtype: entries[:-1] for dtype, entries in BACKWARD.items()}
 # Gradients of costs, which need no product.
 BACKWARD_COST = {torch.float32: Launch(64, 16, 8, 1, "ieee"), torch.float64: Launch(32, 16, 4, 1, "ieee")}
+BACKWARD_COST_GENERAL = BACKWARD_COST | {torch.float64: Launch(32, 16, 8, 1, "ieee")}
 APPLY = {
     torch.float32: Launch(64, 16, 8, 1, "ieee"),
     torch.bfloat16: Launch(64, 16, 8, 1, "ieee"),
@@ -208,7 +216,7 @@ def forward(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float) ->
     points_dtype = inputs.primary.dtype
     with on_device(device):
         for entry, lower in classes(table("forward", FORWARD, points_dtype, device), largest):
-            _forward_onchip(inputs, arguments, entry, lower)
+            launch_onchip(onchip_forward.onchip_forward_kernel, inputs, arguments, entry, lower)
         limit = onchip_limit(points_dtype)
         if largest > limit:
             for first, (count,) in grids(inputs.batch, 1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b)):
@@ -216,11 +224,11 @@ def forward(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float) ->
     return value, f, g, error, iters
 
 
-def _forward_onchip(inputs: Inputs, arguments: dict, entry: Launch, lower: int) -> None:
-    kernel = onchip_forward.onchip_forward_kernel
-    through_scratch = entry.part > 0 and inputs.cost is None
+def launch_onchip(kernel, inputs: Inputs, arguments: dict, entry: Launch, lower: int) -> None:
+    """One size class of a kernel that holds the whole cost of an item."""
+    through_scratch = entry.part > 0
     group = min(inputs.batch, SCRATCH_ITEMS) if through_scratch else inputs.batch
-    scratch = arguments["value_ptr"]
+    scratch = arguments["reg_ptr"]
     if through_scratch:
         scratch = torch.empty((group, entry.block, entry.block), dtype=inputs.compute_dtype, device=inputs.device)
     for first, grid in grids(inputs.batch, 1, group):
@@ -240,45 +248,24 @@ def _forward_onchip(inputs: Inputs, arguments: dict, entry: Launch, lower: int) 
 def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> None:
     """Items first .. first + count of those beyond the largest on-chip class."""
     N, M, device, dtype = inputs.max_a, inputs.max_b, inputs.device, inputs.compute_dtype
-    entry = table("cost", COST, inputs.primary.dtype, device)
     block_out, block_in, warps = table("half_update", HALF_UPDATE, dtype, device)
     new = {"dtype": dtype, "device": device}
-    # rows padded so that every one of them starts at an address that wide loads can use
-    pitch = triton.cdiv(M, 16) * 16
-    cost = torch.empty((count, N, pitch), **new)
+    arguments = arguments | {"first_item": first}
+    cost, pitch = form_costs(inputs, arguments, count)
     f_even, f_odd, g = torch.empty((count, N), **new), torch.empty((count, N), **new), torch.empty((count, M), **new)
     parts = max(1, triton.cdiv(N, block_out))
     gap = torch.empty((count, parts), **new)
-    arguments = arguments | {"first_item": first, "cost_ptr": cost, "gap_ptr": gap, "parts": parts}
-    arguments |= {"stride_item": N * pitch, "stride_row": pitch}
-    if N > 0 and M > 0:
-        kernel = global_forward.cost_forward_kernel
-        blocks_a, blocks_b = triton.cdiv(N, entry.block), triton.cdiv(M, entry.block)
-        kernel[(count * blocks_a * blocks_b,)](
-            **select(arguments, kernel),
-            blocks_a=blocks_a,
-            blocks_b=blocks_b,
-            BLOCK=entry.block,
-            BLOCK_D=entry.block_d,
-            PRECISION=entry.precision,
-            **options(entry.warps, entry.stages),
-        )
+    arguments |= {"cost_ptr": cost, "gap_ptr": gap, "parts": parts, "stride_item": N * pitch}
     kernel = global_forward.half_update_forward_kernel
     sides = {
-        side: {
-            "N_in": arguments[size_in],
-            "N_out": arguments[size_out],
+        side: side_arguments(arguments, side)
+        | {
             "stride_out": stride_out,
             "stride_in": stride_in,
-            "blocks": max(1, triton.cdiv(arguments[size_out], block_out)),
+            "blocks": max(1, triton.cdiv(size, block_out)),
             "ROW_SIDE": side == "a",
-            **{name.format("out"): arguments[key.format(side)] for name, key in _SIDE_ARGUMENTS},
-            **{name.format("in"): arguments[key.format(other)] for name, key in _SIDE_ARGUMENTS},
         }
-        for side, other, size_out, size_in, stride_out, stride_in in (
-            ("a", "b", "N", "M", pitch, 1),
-            ("b", "a", "M", "N", 1, pitch),
-        )
+        for side, size, stride_out, stride_in in (("a", N, pitch, 1), ("b", M, 1, pitch))
     }
     shared = select(arguments, kernel) | {
         "init_ptr": arguments["g_init_ptr"],
@@ -305,6 +292,29 @@ def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> 
     )
 
 
+def form_costs(inputs: Inputs, arguments: dict, count: int) -> tuple[Tensor, int]:
+    """The costs (count, N, pitch) of the items from `first_item` that are larger than ONCHIP."""
+    N, M = inputs.max_a, inputs.max_b
+    entry = table("cost", COST, inputs.primary.dtype, inputs.device)
+    # rows padded so that every one of them starts at an address that wide loads can use
+    pitch = triton.cdiv(M, 16) * 16
+    cost = torch.empty((count, N, pitch), dtype=inputs.compute_dtype, device=inputs.device)
+    if N > 0 and M > 0:
+        kernel = global_forward.cost_forward_kernel
+        blocks_a, blocks_b = triton.cdiv(N, entry.block), triton.cdiv(M, entry.block)
+        arguments = arguments | {"cost_ptr": cost, "stride_item": N * pitch, "stride_row": pitch}
+        kernel[(count * blocks_a * blocks_b,)](
+            **select(arguments, kernel),
+            blocks_a=blocks_a,
+            blocks_b=blocks_b,
+            BLOCK=entry.block,
+            BLOCK_D=entry.block_d,
+            PRECISION=entry.precision,
+            **options(entry.warps, entry.stages),
+        )
+    return cost, pitch
+
+
 # Names of the arguments of one side in the kernels that treat rows and columns alike.
 _SIDE_ARGUMENTS = (
     ("w_{}_ptr", "{}_ptr"),
@@ -314,147 +324,15 @@ _SIDE_ARGUMENTS = (
 )
 
 
-def sided(inputs: Inputs, arguments: dict, f: Tensor, g: Tensor, side: str) -> dict:
-    """The arguments of a kernel that treats rows and columns alike, for side "a" or "b" as its "out" side."""
+def side_arguments(arguments: dict, side: str) -> dict:
+    """Sizes and weights for a kernel that treats rows and columns alike, for side "a" or "b" as its "out" side."""
     other = "b" if side == "a" else "a"
-    result = dict(arguments)
-    for out, key in _SIDE_ARGUMENTS:
-        result[out.format("out")] = arguments[key.format(side)]
-        result[out.format("in")] = arguments[key.format(other)]
-    result["h_out_ptr"], result["h_in_ptr"] = (f, g) if side == "a" else (g, f)
-    result["N_out"], result["N_in"] = (inputs.max_a, inputs.max_b) if side == "a" else (inputs.max_b, inputs.max_a)
-    if side == "b" and inputs.cost is not None:
-        result["stride_x_n"], result["stride_x_d"] = arguments["stride_x_d"], arguments["stride_x_n"]
-    elif side == "b":
-        result["x_ptr"], result["y_ptr"] = arguments["y_ptr"], arguments["x_ptr"]
-        for axis in "bnd":
-            result[f"stride_x_{axis}"] = arguments[f"stride_y_{axis}"]
-            result[f"stride_y_{axis}"] = arguments[f"stride_x_{axis}"]
+    sizes = {"a": arguments["N"], "b": arguments["M"]}
+    result = {"N_out": sizes[side], "N_in": sizes[other]}
+    for name, key in _SIDE_ARGUMENTS:
+        result[name.format("out")] = arguments[key.format(side)]
+        result[name.format("in")] = arguments[key.format(other)]
     return result
-
-
-def backward(
-    inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: tuple[bool, bool, bool, bool, bool]
-) -> tuple[Tensor | None, ...]:
-    needs_a, needs_b, needs_cost, needs_weights, needs_reg = needs
-    device, dtype = inputs.device, inputs.compute_dtype
-    da = torch.zeros_like(f) if needs_weights and inputs.a is not None else None
-    db = torch.zeros_like(g) if needs_weights and inputs.b is not None else None
-    dreg = torch.zeros(inputs.batch, dtype=dtype, device=device) if needs_reg else None
-    # The interpreter truncates where a GPU rounds to bfloat16: there the rounding is left to torch.
-    new = {"dtype": dtype if device.type == "cpu" else inputs.primary.dtype, "device": device}
-    dx_a = torch.zeros(inputs.x_a.shape, **new) if needs_a else None
-    dx_b = torch.zeros(inputs.x_b.shape, **new) if needs_b else None
-    dcost = torch.zeros(inputs.cost.shape, **new) if needs_cost else None
-    if inputs.batch > 0:
-        arguments = problem_arguments(inputs) | {"dvalue_ptr": dvalue.contiguous()}
-        parts = None
-        if dreg is not None:
-            blocks = max(1, triton.cdiv(inputs.max_a, _backward_classes(inputs)[-1].block))
-            parts = torch.empty((inputs.batch, blocks), dtype=dtype, device=device)
-        with on_device(device):
-            if needs_a or needs_cost or da is not None or needs_reg:
-                dx = dcost if needs_cost else dx_a
-                _backward_side(inputs, sided(inputs, arguments, f, g, "a"), dx, da, parts, inputs.max_a)
-            if needs_b or db is not None:
-                _backward_side(inputs, sided(inputs, arguments, f, g, "b"), dx_b, db, None, inputs.max_b)
-            if needs_reg:
-                _backward_reg(inputs, arguments, parts, dreg)
-    gradients = (None if dx is None else dx.to(inputs.primary.dtype) for dx in (dx_a, dx_b, dcost))
-    return (*gradients, da, db, dreg)
-
-
-def _backward_classes(inputs: Inputs) -> tuple[Launch, ...]:
-    if inputs.cost is not None:
-        return (table("backward_cost", BACKWARD_COST, inputs.compute_dtype, inputs.device),)
-    return table("backward", BACKWARD, inputs.primary.dtype, inputs.device)
-
-
-def _backward_side(inputs: Inputs, arguments: dict, dx, dw, parts, n_out: int) -> None:
-    kernel = plan_backward.plan_backward_kernel
-    unused = arguments["dvalue_ptr"]
-    strides = (0, 0) if dx is None else ((0, *dx.stride()) if inputs.packed else dx.stride())[:2]
-    entries = _backward_classes(inputs)
-    sums = dx
-    if dx is not None and dx.dtype != inputs.compute_dtype and max(inputs.max_a, inputs.max_b) > entries[-1].block:
-        sums = torch.empty(dx.shape, dtype=inputs.compute_dtype, device=dx.device)
-    elif dx is None or dx.dtype != inputs.compute_dtype:
-        sums = unused
-    for entry, lower in classes(entries, max(inputs.max_a, inputs.max_b)):
-        # An item of any class but the last is one block.
-        blocks = max(1, triton.cdiv(n_out, entry.block)) if entry is entries[-1] else 1
-        for first, grid in grids(inputs.batch, blocks):
-            kernel[grid](
-                **select(arguments, kernel),
-                dx_ptr=unused if dx is None else dx,
-                sum_ptr=sums,
-                dw_ptr=unused if dw is None else dw,
-                dreg_ptr=unused if parts is None else parts,
-                stride_dx_b=strides[0],
-                stride_dx_n=strides[1],
-                first_item=first,
-                blocks=blocks,
-                parts=0 if parts is None else parts.shape[1],
-                need_x=int(dx is not None),
-                need_w=int(dw is not None),
-                need_reg=int(parts is not None),
-                BLOCK=entry.block,
-                LOWER=lower,
-                UPPER=2**31 - 1 if entry is entries[-1] else entry.block,
-                BLOCK_D=entry.block_d,
-                PRECISION="ieee",
-                PRECISION_PLAN=entry.precision,
-                **options(entry.warps, entry.stages),
-            )
-
-
-def _backward_reg(inputs: Inputs, arguments: dict, parts: Tensor, dreg: Tensor) -> None:
-    kernel = plan_backward.reg_backward_kernel
-    for first, grid in grids(inputs.batch):
-        kernel[grid](
-            **select(arguments, kernel),
-            part_ptr=parts,
-            dreg_ptr=dreg,
-            first_item=first,
-            parts=parts.shape[1],
-            ROWS=_backward_classes(inputs)[-1].block,
-            BLOCK=FINISH_BLOCK,
-            **options(4),
-        )
-
-
-def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
-    shape = inputs.shape_g if transpose else inputs.shape_f
-    out = torch.zeros((*shape, v.shape[-1]), dtype=inputs.compute_dtype, device=inputs.device)
-    if out.numel() == 0:
-        return out
-    kernel = plan_backward.plan_apply_kernel
-    entry = table("apply", APPLY, inputs.primary.dtype, inputs.device)
-    arguments = sided(inputs, problem_arguments(inputs), f, g, "b" if transpose else "a")
-    strides_v, strides_out = v.stride(), out.stride()
-    if inputs.packed:
-        strides_v, strides_out = (0, *strides_v), (0, *strides_out)
-    blocks = triton.cdiv(arguments["N_out"], entry.block)
-    with on_device(inputs.device):
-        for first, grid in grids(inputs.batch, blocks):
-            kernel[grid](
-                **select(arguments, kernel),
-                v_ptr=v,
-                out_ptr=out,
-                **{f"stride_v_{axis}": stride for axis, stride in zip("bnd", strides_v, strict=True)},
-                stride_out_b=strides_out[0],
-                stride_out_n=strides_out[1],
-                first_item=first,
-                blocks=blocks,
-                K=v.shape[-1],
-                times_cost=int(times_cost),
-                BLOCK=entry.block,
-                BLOCK_D=entry.block_d,
-                BLOCK_K=entry.block_d,
-                PRECISION=entry.precision,
-                **options(entry.warps, entry.stages),
-            )
-    return out
 
 
 def round_down(tol: float) -> float:

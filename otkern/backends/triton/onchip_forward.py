@@ -7,8 +7,8 @@ from .tiles import (
     LN_2,
     LOG2_E,
     RUNTIME_ONLY,
-    cost_tile,
     item_base,
+    item_cost,
     item_span,
     load_weights,
     log2_weights,
@@ -36,9 +36,7 @@ def onchip_forward_kernel(
     one p_i K_ij q_j. Of the potentials only g is kept: in a tile of 128 rows a vector over the rows costs 16 registers
     a thread.
 
-    The cost and K are two tiles of registers, and at 128 x 128 just fit. The product of points needs room for its
-    operands beside the result, and leaves it in a layout with more vectors than the loop can have. There the cost is
-    formed PART rows at a time, and passes through scratch into the layout of a load, once, before the first iteration.
+    The cost and K are two tiles of registers, and at 128 x 128 just fit.
     """
     slot = tl.program_id(0)
     item = first_item + slot
@@ -52,23 +50,11 @@ def onchip_forward_kernel(
     reg = tl.load(reg_ptr + item)
     base_x = item_base(x_ptr, item, start_a, stride_x_b, stride_x_n, mode_a)
     base_y = item_base(y_ptr, item, start_b, stride_y_b, stride_y_n, mode_b)
-    if PART == BLOCK:
-        cost, _, _, _, _ = cost_tile(
-            base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, i, j, n, m, D, metric,
-            BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
-        )  # fmt: skip
-    else:
-        tile_ptr = scratch_ptr + slot.to(tl.int64) * (BLOCK * BLOCK)
-        for first in range(0, n, PART):
-            part = first + tl.arange(0, PART)
-            rows_cost, _, _, _, _ = cost_tile(
-                base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, part, j, n, m, D, metric,
-                PART, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
-            )  # fmt: skip
-            tl.store(tile_ptr + part[:, None] * BLOCK + j[None, :], rows_cost)
-        tl.debug_barrier()
-        # rows beyond the item may never have been written
-        cost = tl.load(tile_ptr + i[:, None] * BLOCK + j[None, :], mask=(i < n)[:, None], other=float("inf"))
+    cost = item_cost(
+        base_x, base_y, scratch_ptr + slot.to(tl.int64) * (BLOCK * BLOCK),
+        stride_x_n, stride_x_d, stride_y_n, stride_y_d, n, m, D, metric,
+        BLOCK, PART, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+    )  # fmt: skip
     a = load_weights(a_ptr, start_a, i, n, has_a, COMPUTE)
     b = load_weights(b_ptr, start_b, j, m, has_b, COMPUTE)
     g = tl.zeros((BLOCK,), COMPUTE)

@@ -33,7 +33,9 @@ RUNTIME_ONLY = (
     *("first_item", "N", "M", "N_out", "N_in", "blocks", "blocks_a", "blocks_b", "parts"),
     *("K", "k", "max_iter", "tol", "metric", "times_cost"),
     *("mode_a", "mode_b", "mode_out", "mode_in", "has_a", "has_b", "has_w_out", "has_w_in", "has_init"),
-    *("need_x", "need_w", "need_reg"),
+    *("need_x", "need_marginal", "need_reg", "with_mass", "kind", "entropy", "singular"),
+    *("has_v_out", "has_v_in", "has_dense", "has_cost_scale"),
+    *("has_slope", "has_extra", "has_slope_a", "has_slope_b", "has_extra_a", "has_extra_b"),
 )
 
 
@@ -214,6 +216,39 @@ def cost_tile(
                 # normalised after the product: x and y stay in their own dtype for the matrix units
                 cost = 1.0 - xy * xx[:, None] * yy[None, :]
     return tl.where(inside, cost, float("inf")), xx, yy, scale_x, scale_y
+
+
+@triton.jit
+def item_cost(
+    x_ptr, y_ptr, tile_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, n, m, D, metric,
+    BLOCK: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The whole cost of one item of at most BLOCK x BLOCK points, in one tile of registers.
+
+    The product of points needs room for its operands beside the result, and leaves it in a layout with more vectors
+    than a loop over a large tile can have. There the cost is formed PART rows at a time, and passes through scratch,
+    tile_ptr, into the layout of a load, once.
+    """
+    i = tl.arange(0, BLOCK)
+    j = tl.arange(0, BLOCK)
+    if PART == BLOCK:
+        cost, _, _, _, _ = cost_tile(
+            x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, i, j, n, m, D, metric,
+            BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+        )  # fmt: skip
+    else:
+        for first in range(0, n, PART):
+            part = first + tl.arange(0, PART)
+            rows_cost, _, _, _, _ = cost_tile(
+                x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, part, j, n, m, D, metric,
+                PART, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+            )  # fmt: skip
+            tl.store(tile_ptr + part[:, None] * BLOCK + j[None, :], rows_cost)
+        tl.debug_barrier()
+        # rows beyond the item may never have been written
+        cost = tl.load(tile_ptr + i[:, None] * BLOCK + j[None, :], mask=(i < n)[:, None], other=float("inf"))
+    return cost
 
 
 @triton.jit

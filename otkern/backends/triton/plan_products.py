@@ -1,4 +1,4 @@
-"""What is computed from the plan: gradients of points, costs, weights and reg, and products with matrices.
+"""What is computed from the plan: gradients of points, costs, marginals and reg, and products with matrices.
 
 The plan is never stored. A program owns a block of points of one side ("out"), forms the cost and the plan of one tile
 after another along the other side ("in") from the potentials, and adds the tile's share to its results; nobody else
@@ -27,33 +27,39 @@ from .tiles import (
 
 
 @triton.jit
-def plan_tile(cost, h_out, h_in, w_out, w_in, reg):
-    """P_rc = w_r w_c exp((h_r + h_c - C_rc) / reg); weights join in the exponent, exp alone could overflow."""
-    exponent = (h_out[:, None] + h_in[None, :] - cost) * (LOG2_E / reg)
-    return tl.exp2(exponent + (log2_weights(w_out)[:, None] + log2_weights(w_in)[None, :]))
+def exponent_l2(cost, h_out, h_in, reg):
+    """log2 of exp((h_r + h_c - C_rc) / reg). Weights join it before it is raised; exp alone could overflow."""
+    return (h_out[:, None] + h_in[None, :] - cost) * (LOG2_E / reg)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
 def plan_backward_kernel(
-    x_ptr, y_ptr, w_out_ptr, w_in_ptr, reg_ptr, h_out_ptr, h_in_ptr, dvalue_ptr, sizes_out_ptr, sizes_in_ptr,
-    dx_ptr, sum_ptr, dw_ptr, dreg_ptr,
+    x_ptr, y_ptr, w_out_ptr, w_in_ptr, reg_ptr, h_out_ptr, h_in_ptr, sizes_out_ptr, sizes_in_ptr,
+    scale_ptr, cost_scale_ptr, dense_ptr, v_out_ptr, v_in_ptr, dx_ptr, sum_ptr, marginal_ptr, part_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d, stride_dx_b, stride_dx_n,
+    stride_dense_b, stride_dense_n, stride_dense_d,
     first_item, N_out, N_in, D, blocks, parts, mode_out, mode_in, has_w_out, has_w_in, metric,
-    need_x, need_w, need_reg,
+    has_cost_scale, has_dense, has_v_out, has_v_in, need_x, need_marginal, need_reg,
     BLOCK: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PRECISION_PLAN: tl.constexpr, WIDEN: tl.constexpr,
+    GENERAL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the "out" side of one item with LOWER < max(n, m) <= UPPER, for one block of its points.
 
-    With d = dvalue and W the derivative of the tile's cost times d P, the gradient of a point is
+    With E_rc = exp((h_r + h_c - C_rc) / reg) and P_rc = w_r w_c E_rc, the derivative of the tile's cost is
+        dC = scale P, or GENERAL, with H = scale + cost_scale C + dense:  dC = P H + w_c E v_r + w_r E v_c
+    With W the product of dC and the derivative of the metric, the gradient of a point is
         dx_r = alpha_r (x_r - c) - beta_r sum_c W_rc (y_c - c):
-        sqeuclidean  W = 2 d P,           alpha_r = sum_c W_rc,   beta = 1,  c any point (a mean, against cancellation)
-        euclidean    W = d P / C,         alpha_r = sum_c W_rc,   beta = 1   (0 at coincident points)
-        dot          W = d P,             alpha = 0,              beta = 1,  c = 0
-        cosine       W_rc = d P_rc / |y_c|,  beta_r = 1 / |x_r|,  c = 0,
-                     alpha_r = beta_r^2 sum_c d P_rc (1 - C_rc), the projection onto the sphere
+        sqeuclidean  W = 2 dC,            alpha_r = sum_c W_rc,   beta = 1,  c any point (a mean, against cancellation)
+        euclidean    W = dC / C,          alpha_r = sum_c W_rc,   beta = 1   (0 at coincident points)
+        dot          W = dC,              alpha = 0,              beta = 1,  c = 0
+        cosine       W_rc = dC_rc / |y_c|,  beta_r = 1 / |x_r|,  c = 0,
+                     alpha_r = beta_r^2 sum_c dC_rc (1 - C_rc), the projection onto the sphere
     In cosine x and y are s x and t y with the powers of two of cost_tile, and the result is multiplied by s.
-    KIND MATRIX writes d P itself, to the strides (stride_dx_n, 1).
+    KIND MATRIX writes dC itself, to the strides (stride_dx_n, 1).
+
+    marginal_ptr gets sum_c w_c E_rc, or GENERAL sum_c E_rc (w_c H_rc + v_c), and part_ptr for each block
+    sum P (log E - 1), or GENERAL sum dC log E.
     """
     item = first_item + tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -64,15 +70,24 @@ def plan_backward_kernel(
         return
     r = block * BLOCK + tl.arange(0, BLOCK)
     reg = tl.load(reg_ptr + item)
-    d = tl.load(dvalue_ptr + item)
+    scale = tl.load(scale_ptr + item)
+    cost_scale = scale * 0.0
+    if GENERAL:
+        if has_cost_scale:
+            cost_scale = tl.load(cost_scale_ptr + item)
     base_x = item_base(x_ptr, item, start_out, stride_x_b, stride_x_n, mode_out)
     base_y = item_base(y_ptr, item, start_in, stride_y_b, stride_y_n, mode_in)
     base_dx = item_base(dx_ptr, item, start_out, stride_dx_b, stride_dx_n, mode_out)
     base_sum = item_base(sum_ptr, item, start_out, stride_dx_b, stride_dx_n, mode_out)
     w_out = load_weights(w_out_ptr, start_out, r, n_out, has_w_out, COMPUTE)
     h_out = tl.load(h_out_ptr + start_out + r, mask=r < n_out, other=0.0)
+    # Points without weight have a marginal over their weight as well: for them it is computed as if the weight were 1.
+    some_w_out = tl.where(w_out > 0, w_out, 1.0)
+    v_out = tl.zeros((BLOCK,), COMPUTE)
+    if GENERAL:
+        if has_v_out:
+            v_out = tl.load(v_out_ptr + start_out + r, mask=r < n_out, other=0.0)
     marginal = tl.zeros((BLOCK,), COMPUTE)
-    mass_in = tl.zeros((BLOCK,), COMPUTE)
     entropy = tl.zeros((BLOCK,), COMPUTE)
     for first in range(0, n_in, BLOCK):
         c = first + tl.arange(0, BLOCK)
@@ -82,39 +97,61 @@ def plan_backward_kernel(
             base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, r, c, n_out, n_in, D, metric,
             BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
         )  # fmt: skip
-        plan = plan_tile(cost, h_out, h_in, w_out, w_in, reg)
-        marginal += tl.sum(plan, axis=1)
-        mass_in += w_in
-        if need_reg:
-            # sum P ((h_r + h_c - C) / reg - 1)
-            log_ratio = (h_out[:, None] + h_in[None, :] - cost) / reg
-            entropy += tl.sum(plan * tl.where(plan > 0, log_ratio - 1.0, 0.0), axis=1)
+        exponent = exponent_l2(cost, h_out, h_in, reg)
+        if GENERAL:
+            v_in = tl.zeros((BLOCK,), COMPUTE)
+            if has_v_in:
+                v_in = tl.load(v_in_ptr + start_in + c, mask=c < n_in, other=0.0)
+            factor = scale + cost_scale * tl.where(cost < float("inf"), cost, 0.0)
+            # A masked load, and no `if`: through that the compiler would carry the layout of the product's operand.
+            offsets = item.to(tl.int64) * stride_dense_b + r.to(tl.int64)[:, None] * stride_dense_n
+            offsets += c.to(tl.int64)[None, :] * stride_dense_d
+            given = (r < has_dense * n_out)[:, None] & (c < n_in)[None, :]
+            factor += tl.load(dense_ptr + offsets, mask=given, other=0.0)
+            some_w_in = tl.where(w_in > 0, w_in, 1.0)
+            by_in = tl.exp2(exponent + log2_weights(some_w_in)[None, :])
+            of_v = tl.where((v_in != 0)[None, :], by_in, 0.0) * (v_in / some_w_in)[None, :]
+            marginal += tl.sum(tl.where((w_in > 0)[None, :], by_in * factor, 0.0) + of_v, axis=1)
+            dcost = tl.where((v_out != 0)[:, None] & (w_in > 0)[None, :], by_in, 0.0) * v_out[:, None]
+            by_out = tl.exp2(exponent + log2_weights(w_out)[:, None])
+            dcost += tl.where((v_in != 0)[None, :], by_out, 0.0) * v_in[None, :]
+            dcost += tl.exp2(exponent + (log2_weights(w_out)[:, None] + log2_weights(w_in)[None, :])) * factor
+            if need_reg:
+                log_ratio = (h_out[:, None] + h_in[None, :] - cost) / reg
+                entropy += tl.sum(tl.where(dcost != 0, dcost * log_ratio, 0.0), axis=1)
+        else:
+            plan = tl.exp2(exponent + (log2_weights(some_w_out)[:, None] + log2_weights(w_in)[None, :]))
+            marginal += tl.sum(plan, axis=1)
+            plan = tl.where((w_out > 0)[:, None], plan, 0.0)
+            if need_reg:
+                log_ratio = (h_out[:, None] + h_in[None, :] - cost) / reg
+                entropy += tl.sum(plan * tl.where(plan > 0, log_ratio - 1.0, 0.0), axis=1)
+            dcost = scale * plan
         if need_x:
-            dplan = d * plan
             if KIND == MATRIX:
                 offsets = r.to(tl.int64)[:, None] * stride_dx_n + c[None, :]
                 inside = (r < n_out)[:, None] & (c < n_in)[None, :]
-                tl.store(base_dx + offsets, dplan.to(dx_ptr.dtype.element_ty), mask=inside)
+                tl.store(base_dx + offsets, dcost.to(dx_ptr.dtype.element_ty), mask=inside)
             else:
                 alpha = tl.zeros((BLOCK,), COMPUTE)
                 beta = alpha + 1.0
-                weight = dplan
-                near_weight = dplan
+                weight = dcost
+                near_weight = dcost
                 if KIND == DISTANCE:
                     # A pair at distance 0 adds nothing to either metric's gradient.
-                    weight = tl.where(cost > 0, 2.0 * dplan, 0.0)
+                    weight = tl.where(cost > 0, 2.0 * dcost, 0.0)
                     square = cost
                     if metric == EUCLIDEAN:
-                        weight = tl.where(cost > 0, dplan / tl.where(cost > 0, cost, 1.0), 0.0)
+                        weight = tl.where(cost > 0, dcost / tl.where(cost > 0, cost, 1.0), 0.0)
                         square = cost * cost
                     near_weight = weights_of_near_pairs(weight, square, of_x[:, None] + of_y[None, :])
                     weight = tl.where(near_weight != 0, 0.0, weight)
                     alpha = tl.sum(weight, axis=1)
                 else:
                     if metric == COSINE:
-                        weight = dplan * of_y[None, :]
+                        weight = dcost * of_y[None, :]
                         beta = of_x
-                        alpha = of_x * of_x * tl.sum(dplan * tl.where(plan > 0, 1.0 - cost, 0.0), axis=1)
+                        alpha = of_x * of_x * tl.sum(dcost * tl.where(dcost != 0, 1.0 - cost, 0.0), axis=1)
                 add_points_gradient(
                     weight, near_weight, alpha, beta, scale_x, scale_y, base_x, base_y, base_dx, base_sum,
                     stride_x_n, stride_x_d, stride_y_n, stride_y_d, stride_dx_n, r, c, n_out, n_in, D,
@@ -122,13 +159,12 @@ def plan_backward_kernel(
                 )  # fmt: skip
         # another thread may hold this part of the sum when the next tile adds to it
         tl.debug_barrier()
-    if need_w:
-        # dw = d (h + reg (sum of the other weights - marginal / w)), the ratio being 1 where w = 0
-        ratio = tl.where(w_out > 0, marginal / tl.where(w_out > 0, w_out, 1.0), 1.0)
-        dw = d * (h_out + reg * (tl.sum(mass_in, axis=0) - ratio))
-        tl.store(dw_ptr + start_out + r, tl.where(d == 0, 0.0, dw), mask=r < n_out)
+    if need_marginal:
+        if not GENERAL:
+            marginal = marginal / some_w_out
+        tl.store(marginal_ptr + start_out + r, marginal, mask=r < n_out)
     if need_reg:
-        tl.store(dreg_ptr + item.to(tl.int64) * parts + block, tl.sum(entropy, axis=0))
+        tl.store(part_ptr + item.to(tl.int64) * parts + block, tl.sum(entropy, axis=0))
 
 
 @triton.jit
@@ -207,11 +243,11 @@ def add_points_gradient(
 
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
 def reg_backward_kernel(
-    part_ptr, a_ptr, b_ptr, dvalue_ptr, sizes_a_ptr, sizes_b_ptr, dreg_ptr,
-    first_item, N, M, parts, mode_a, mode_b, has_a, has_b,
+    part_ptr, a_ptr, b_ptr, sizes_a_ptr, sizes_b_ptr, out_ptr,
+    first_item, N, M, parts, mode_a, mode_b, has_a, has_b, with_mass,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """dreg = d (sum a sum b + sum of the item's parts), one for each ROWS rows; items of smaller classes have one."""
+    """The sum of an item's parts, one for each ROWS rows (items of smaller classes have one), plus sum a sum b."""
     item = first_item + tl.program_id(0)
     start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
     start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
@@ -227,9 +263,8 @@ def reg_backward_kernel(
     for first in range(0, count, BLOCK):
         part = part_ptr + item.to(tl.int64) * parts + first + index
         total += tl.load(part, mask=first + index < count, other=0.0)
-    dreg = tl.sum(mass_a, axis=0) * tl.sum(mass_b, axis=0) + tl.sum(total, axis=0)
-    d = tl.load(dvalue_ptr + item)
-    tl.store(dreg_ptr + item, tl.where(d == 0, 0.0, d * dreg))
+    mass = tl.where(with_mass != 0, tl.sum(mass_a, axis=0) * tl.sum(mass_b, axis=0), 0.0)
+    tl.store(out_ptr + item, mass + tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
@@ -264,7 +299,8 @@ def plan_apply_kernel(
             base_x, base_y, stride_x_n, stride_x_d, stride_y_n, stride_y_d, r, c, n_out, n_in, D, metric,
             BLOCK, BLOCK, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
         )  # fmt: skip
-        matrix = plan_tile(cost, h_out, h_in, w_out, w_in, reg)
+        exponent = exponent_l2(cost, h_out, h_in, reg)
+        matrix = tl.exp2(exponent + (log2_weights(w_out)[:, None] + log2_weights(w_in)[None, :]))
         if times_cost:
             matrix *= tl.where(matrix > 0, cost, 0.0)
         for k0 in range(0, K, BLOCK_K):
