@@ -19,7 +19,8 @@ class SinkhornLoss(nn.Module):
     Args:
         metric: cost of a pair of points: ``"cosine"``, ``"sqeuclidean"``, ``"euclidean"`` or ``"dot"``.
         reg: epsilon, in the unit of the cost, > 0.
-        **options: further keyword arguments of `otkern.solve_sample`, such as ``max_iter``, ``tol`` or ``backend``.
+        **options: further keyword arguments of `otkern.solve_sample`, such as ``max_iter``, ``tol``, ``debias`` or
+            ``backend``.
 
     Raises:
         ValueError: an unknown metric.
