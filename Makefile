@@ -10,12 +10,13 @@ TRITON_3_6 := .cache/triton-3.6
 SOURCES := pyproject.toml setup.py requirements-dev.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help align test lint format bench clean
+.PHONY: help align test nightly lint format bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make align      install, build what this machine can run, one-seed alignment run with pictures under $(RUN_DIR)"
 	@echo "make test       install the test packages and run every test"
+	@echo "make nightly    ten thousand random problems on each backend: never NaN, never an undocumented exception"
 	@echo "make lint       ruff, mypy and clang-format, changing nothing"
 	@echo "make format     ruff and clang-format, in place"
 	@echo "make bench      the quick benchmark against the peers"
@@ -29,6 +30,9 @@ align: $(VENV)/.align
 test: $(VENV)/.dev $(TRITON_3_6)/.complete
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OTKERN_TRITON_PATHS=$(abspath $(TRITON_3_6)) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+nightly: $(VENV)/.dev
+	OMP_NUM_THREADS=1 OTKERN_DRAWS=10000 $(BIN)/python -m pytest -n $(WORKERS) tests/test_finite.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

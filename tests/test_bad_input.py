@@ -89,6 +89,20 @@ WRONG_TYPES = [
     (points, "potentials_init", A, "pair", "Tensor"),
     (points, "potentials_init", (A,), "pair", "1"),
     (points, "check", "yes", "bool", "yes"),
+    (points, "unbalanced", "1.0", "number", "str"),
+    (points, "unbalanced", True, "number", "bool"),
+    (points, "unbalanced", (1.0, "inf"), "number", "str"),
+    (points, "mass", "half", "number", "str"),
+    (points, "mass", [0.5, 0.5], "number", "list"),
+    (costs, "null_cost", [0.5, 0.5], "number", "list"),
+    (costs, "null_cost", False, "number", "bool"),
+    (points, "scaling", "0.5", "number", "0.5"),
+    (points, "scaling", True, "number", "True"),
+    (points, "overrelaxation", "fast", "auto", "fast"),
+    (points, "overrelaxation", True, "auto", "True"),
+    (points, "implicit_tol", "1e-5", "number", "1e-5"),
+    (points, "implicit_max_iter", 10.0, "integer", "10.0"),
+    (points, "implicit_max_iter", None, "integer", "None"),
 ]
 
 WRONG_SHAPES = [
@@ -116,6 +130,12 @@ WRONG_SHAPES = [
     (packed, "cu_seqlens_a", torch.tensor([[0, 5, 10]]), "shape", "(1, 3)"),
     (packed, "cu_seqlens_a", torch.tensor(10), "shape", "()"),
     (points, "potentials_init", (A, A), "(2, 4)", "(2, 5)"),
+    (points, "unbalanced", torch.ones(3), "(2,)", "(3,)"),
+    (points, "unbalanced", (torch.ones(2, 1), 1.0), "(2,)", "(2, 1)"),
+    (points, "unbalanced", (1.0, 1.0, 1.0), "pair", "length 3"),
+    (points, "unbalanced", (), "pair", "length 0"),
+    (costs, "mass", torch.ones(3), "(2,)", "(3,)"),
+    (costs, "null_cost", torch.ones(1, 2), "(2,)", "(1, 2)"),
 ]
 
 WRONG_DTYPES = [
@@ -130,6 +150,9 @@ WRONG_DTYPES = [
     (points, "lengths_a", torch.tensor([5, 5], dtype=torch.int16), "int32", "int16"),
     (packed, "cu_seqlens_a", torch.tensor([0.0, 5, 10]), "int32", "float32"),
     (points, "potentials_init", (A.long(), B), "float", "int64"),
+    (points, "unbalanced", torch.tensor([1, 1]), "floating", "int64"),
+    (points, "mass", torch.tensor(1), "floating", "int64"),
+    (points, "null_cost", torch.tensor([True, True]), "floating", "bool"),
 ]
 
 WRONG_DEVICES = [
@@ -141,6 +164,9 @@ WRONG_DEVICES = [
     (points, "lengths_a", torch.ones(2, dtype=torch.int32, device="meta"), "cpu", "meta"),
     (packed, "cu_seqlens_b", torch.zeros(3, dtype=torch.int32, device="meta"), "cpu", "meta"),
     (points, "potentials_init", (A, B.to("meta")), "cpu", "meta"),
+    (points, "unbalanced", torch.ones(2, device="meta"), "cpu", "meta"),
+    (costs, "mass", torch.ones(2, device="meta"), "cpu", "meta"),
+    (costs, "null_cost", torch.ones((), device="meta"), "cpu", "meta"),
 ]
 
 WRONG_VALUES = [
@@ -180,6 +206,27 @@ WRONG_VALUES = [
     (points, "update", "gauss-seidel", "alternating", "gauss-seidel"),
     (points, "backend", "numpy", "reference", "numpy"),
     (points, "backend", "cuda", "can run here", "cuda"),
+    (points, "unbalanced", 0.0, "positive", "0.0"),
+    (points, "unbalanced", (1.0, -1), "positive", "-1"),
+    (points, "unbalanced", NAN, "positive", "nan"),
+    (points, "unbalanced", torch.tensor([1.0, 0.0]), "positive", "0 at (1, 0)"),
+    (points, "unbalanced", (1.0, torch.tensor([NAN, 1.0])), "positive", "nan at (0, 1)"),
+    (points, "mass", 0.0, "positive", "0.0"),
+    (points, "mass", NAN, "positive", "nan"),
+    (points, "mass", torch.tensor([0.5, 0.0]), "positive", "item 1 has mass 0"),
+    (costs, "null_cost", -INF, "above -inf", "-inf"),
+    (costs, "null_cost", NAN, "above -inf", "nan"),
+    (costs, "null_cost", torch.tensor([0.3, NAN]), "above -inf", "nan at 1"),
+    (points, "scaling", 0.0, "between 0 and 1", "0.0"),
+    (points, "scaling", 1.0, "between 0 and 1", "1.0"),
+    (points, "scaling", NAN, "between 0 and 1", "nan"),
+    (points, "overrelaxation", 0.9, "[1, 2)", "0.9"),
+    (points, "overrelaxation", 0.0, "[1, 2)", "0.0"),
+    (points, "overrelaxation", 2.0, "[1, 2)", "2.0"),
+    (points, "implicit_tol", 0.0, "between 0 and 1", "0.0"),
+    (points, "implicit_tol", 1.0, "between 0 and 1", "1.0"),
+    (points, "implicit_max_iter", 0, "at least 1", "0"),
+    (points, "potentials_init", (A, changed(B, (0, 1), NAN)), "finite", "nan at (0, 1)"),
 ]
 
 
@@ -249,25 +296,70 @@ def test_weights_normalised_in_bfloat16_are_accepted():
     assert torch.isfinite(points(a=a / a.sum(1, keepdim=True)).value).all()
 
 
-@pytest.mark.parametrize("call", [points, costs])
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("unbalanced", 1.0),
-        ("unbalanced", (1.0, INF)),
-        ("mass", 0.5),
-        ("null_cost", 0.3),
-        ("null_cost", torch.tensor(0.3)),
-        ("scaling", 0.5),
-        ("update", "symmetric"),
-        ("grad", "implicit"),
-        ("grad", "unrolled"),
-    ],
-)
-def test_what_comes_later_says_so_in_a_sentence(call, argument, value):
-    with pytest.raises(NotImplementedError, match=f"^{argument}.* in this release") as caught:
-        call(**{argument: value})
+OPTIONS = [
+    ("unbalanced", 1.0),
+    ("unbalanced", (1.0, INF)),
+    ("unbalanced", (None, 0.5)),
+    ("unbalanced", torch.tensor([0.5, 2.0])),
+    ("unbalanced", (torch.tensor([0.5, 2.0]), INF)),
+    ("mass", 0.5),
+    ("mass", torch.tensor([0.5, 1.0])),
+    ("null_cost", 0.3),
+    ("null_cost", -0.3),
+    ("null_cost", INF),
+    ("null_cost", torch.tensor(0.3)),
+    ("scaling", 0.5),
+    ("update", "symmetric"),
+    ("overrelaxation", 1.2),
+    ("overrelaxation", "auto"),
+    ("grad", "implicit"),
+    ("grad", "unrolled"),
+    ("implicit_tol", 1e-3),
+    ("implicit_max_iter", 5),
+]
+
+
+@pytest.mark.parametrize("call", [points, costs, packed])
+@pytest.mark.parametrize(("argument", "value"), OPTIONS)
+def test_every_option_has_a_finite_answer(call, argument, value):
+    result = call(**{argument: value})
+    assert torch.isfinite(result.value).all()
+    assert torch.isfinite(result.plan).all()
+
+
+@pytest.mark.parametrize("argument", ["update", "overrelaxation"])
+def test_what_is_not_supported_together_says_so_in_a_sentence(argument):
+    value = {"update": "symmetric", "overrelaxation": 1.5}[argument]
+    with pytest.raises(NotImplementedError, match=f"^{argument}") as caught:
+        costs(mass=0.5, **{argument: value})
     assert len(str(caught.value).split()) >= 6
+
+
+RELAXATIONS = {"unbalanced": 1.0, "mass": 0.5, "null_cost": 0.3}
+
+
+@pytest.mark.parametrize(("one", "other"), [("unbalanced", "mass"), ("unbalanced", "null_cost"), ("mass", "null_cost")])
+def test_only_one_relaxation_at_a_time(one, other):
+    both = {name: RELAXATIONS[name] for name in (one, other)}
+    assert_refused(costs, other, f"None together with {one}", "given", **both)
+
+
+@pytest.mark.parametrize("relaxation", ["unbalanced", "null_cost"])
+def test_masses_that_differ_are_right_where_a_side_may_keep_some(relaxation):
+    assert torch.isfinite(costs(a=3 * A, **{relaxation: RELAXATIONS[relaxation]}).value).all()
+    assert torch.isfinite(costs(a=3 * A, mass=1.0).value).all()
+
+
+def test_masses_that_differ_are_refused_where_both_sides_are_strict():
+    for rho in (INF, (INF, None), torch.full((2,), INF)):
+        assert_refused(costs, "a and b", "same total mass", "item 0", a=3 * A, unbalanced=rho)
+    assert_refused(costs, "a and b", "same total mass", "item 1", a=3 * A, unbalanced=torch.tensor([1.0, INF]))
+
+
+def test_more_mass_than_there_is_cannot_be_moved():
+    assert_refused(costs, "mass", "at most the smaller total", "item 0 has mass 1.1", mass=1.1)
+    assert_refused(costs, "mass", "at most the smaller total", "item 1 has mass 2", mass=torch.tensor([1.0, 2.0]))
+    assert_refused(costs, "mass", "at most the smaller total", "3 in a", a=3 * A, mass=1.5)
 
 
 def test_an_unbatched_problem_takes_no_lengths():

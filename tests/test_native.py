@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from otkern import stacking
 from otkern.backends import cpu, reference
 from otkern.problem import Inputs
 
@@ -42,6 +43,7 @@ def make_inputs(metric, dtype, sizes_a, sizes_b, *, d=40, reg=0.2, weights=True,
         a=a if weights else None,
         b=b if weights else None,
         reg=torch.full((batch,), reg, dtype=compute),
+        relaxation=None,
         lengths_a=torch.tensor(sizes_a, dtype=torch.int32),
         lengths_b=torch.tensor(sizes_b, dtype=torch.int32),
         cu_seqlens_a=None,
@@ -54,11 +56,11 @@ def make_inputs(metric, dtype, sizes_a, sizes_b, *, d=40, reg=0.2, weights=True,
 
 def everything(backend, inputs, max_iter=30, tol=-1.0):
     """All outputs of forward, backward and apply, None left out."""
-    value, f, g, error, n_iters = backend.forward(inputs, None, max_iter, tol)
+    value, f, g, multipliers, error, n_iters = backend.forward(inputs, None, max_iter, tol)
     dvalue = torch.linspace(0.5, 1.5, inputs.batch, dtype=value.dtype)
     points = inputs.cost is None
     grads = backend.backward(inputs, f, g, dvalue, (points, points, not points, inputs.a is not None, True))
-    out = [value, f, g, error, n_iters, *grads]
+    out = [value, f, g, multipliers, error, n_iters, *grads]
     for transpose in (False, True):
         rows = inputs.max_a if transpose else inputs.max_b
         v = torch.linspace(-1, 1, inputs.batch * rows * 3, dtype=value.dtype).reshape(inputs.batch, rows, 3)
@@ -152,7 +154,7 @@ def test_every_low_precision_number_is_read_and_rounded_as_torch_does(dtype):
     one = make_inputs("cost", dtype, (1,), (1,), weights=False)
     inputs = one._replace(cost=numbers.view(-1, 1, 1), reg=torch.ones(batch), lengths_a=None, lengths_b=None)
     # A single pair: f = g = C / 2, and the gradient of the value with respect to its cost is 1.
-    _, f, g, _, _ = cpu.forward(inputs, None, 2, -1.0)
+    _, f, g, *_ = cpu.forward(inputs, None, 2, -1.0)
     assert torch.equal((f + g).flatten(), numbers.float())
     generator = torch.Generator().manual_seed(0)
     dvalue = torch.randn(batch, generator=generator) * 2.0 ** torch.randint(-30, 20, (batch,), generator=generator)
@@ -170,6 +172,59 @@ def test_a_cost_too_large_to_keep_is_computed_again(monkeypatch, threads):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
     threads(3)
     assert_same_bits(streamed, everything(cpu, inputs))
+
+
+def loop(backend, inputs, n_cross=None, eps_start=4.0):
+    """GeomLoss's loop with ladders of several lengths."""
+    start = torch.full((inputs.batch,), eps_start, dtype=inputs.reg.dtype)
+    steps = torch.arange(inputs.batch, dtype=torch.int32) % 4
+    return backend.symmetric(inputs, start, steps, 0.25, 1e-4, inputs.batch if n_cross is None else n_cross, True)
+
+
+@needs_native
+@pytest.mark.parametrize("eps_start", [4.0, 1e-3])
+@pytest.mark.parametrize("relaxation", [None, (0.3, torch.inf)])
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_simd_level_runs_the_loop_of_geomloss(metric, relaxation, eps_start, simd_level):
+    from otkern import _native
+
+    # An eps_start far below the costs leaves the range in which one exponential serves rows and columns.
+    inputs = make_inputs(metric, torch.float64, (5, 33, 1, 70), (9, 64, 3, 50), d=61, reg=1e-2)
+    if relaxation is not None:
+        relaxation = torch.tensor(relaxation, dtype=torch.float64).expand(inputs.batch, 2)
+        inputs = inputs._replace(kind="unbalanced", relaxation=relaxation)
+    problems = [(inputs, inputs.batch)]
+    if metric != "cost":
+        problems.append((stacking.stacked(inputs), inputs.batch))
+    for problem, n_cross in problems:
+        exact = loop(reference, problem, n_cross, eps_start)
+        for level in _native.cpu_levels():
+            simd_level(level)
+            for got, want in zip(loop(cpu, problem, n_cross, eps_start), exact, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loop_of_geomloss_does_not_depend_on_threads_or_batch_mates(dtype, monkeypatch, threads):
+    inputs = make_inputs("euclidean", dtype, (300, 5, 33, 130), (261, 9, 64, 130))
+    problem = stacking.stacked(inputs)
+    for store_bytes in (cpu.STORE_BYTES, 1000):
+        monkeypatch.setattr(cpu, "STORE_BYTES", store_bytes)
+        results = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            results.append(loop(cpu, problem, inputs.batch))
+            assert_same_bits(results[0], results[-1])
+        alone = (field[1:2] if isinstance(field, torch.Tensor) else field for field in inputs)
+        start, steps = torch.full((1,), 4.0, dtype=dtype), torch.ones(1, dtype=torch.int32)
+        out = cpu.symmetric(Inputs(*alone), start, steps, 0.25, 1e-4, 1, True)
+        for one, many in zip(out, results[0], strict=True):
+            assert torch.equal(one[0], many[1, : one.shape[1]])
+        # Half of the entries of a cloud with itself say what all of them do.
+        narrow = dtype == torch.float32
+        for got, want in zip(results[0], loop(cpu, problem), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4 if narrow else 1e-12, atol=1e-5 if narrow else 1e-12)
 
 
 @needs_native
@@ -190,6 +245,8 @@ def test_non_finite_points_within_the_length_are_named():
         with pytest.raises(ValueError, match=rf"^{label} must .*item 2"):
             cpu.forward(inputs._replace(**{name: bad}), None, 3, -1.0)
         cpu.forward(inputs._replace(**{name: bad}), None, 3, -1.0, check=False)
+        with pytest.raises(ValueError, match=rf"^{label} must .*item 2"):
+            loop(cpu, inputs._replace(**{name: bad}))
 
 
 @needs_native

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import otkern
 from otkern import ops
-from otkern.problem import read_costs, read_points
+from otkern.arguments import read_costs, read_points, read_relaxation
 
 
 def points(batch=2, n=5, m=4, d=3, dtype=torch.float32, requires_grad=True, device="cpu"):
@@ -43,24 +43,57 @@ def cost_problem(device):
     return read_costs(cost, a, b, 0.5, None, None)[0]
 
 
-@pytest.mark.parametrize("problem", [padded_problem, packed_problem, cost_problem])
-def test_ops_keep_the_contract_of_torch_library(problem, backend, device):
-    inputs = problem(device)
-    arguments = (*inputs, None, 3, -1.0, False, backend)
+def one_sided_problem(device):
+    rho = torch.tensor([0.5, 2.0], device=device).requires_grad_()
+    return read_relaxation(cost_problem(device), (rho, float("inf")), None, None, entropy=True)
+
+
+def partial_problem(device):
+    return read_relaxation(padded_problem(device), None, 0.6, None, entropy=False)
+
+
+def null_problem(device):
+    return read_relaxation(packed_problem(device), None, None, 0.8, entropy=False)
+
+
+PROBLEMS = (padded_problem, packed_problem, cost_problem, one_sided_problem, partial_problem, null_problem)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_solve_keeps_the_contract_of_torch_library(problem, backend, device):
+    arguments = (*problem(device), *ops.Iterations(max_iter=3), False, backend)
     opcheck(torch.ops.otkern.sinkhorn.default, arguments)
 
-    inputs = inputs.detach()
-    value, f, g, _, _ = ops.sinkhorn(inputs, None, 3, None, False, backend)
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_other_ops_keep_the_contract_of_torch_library(problem, backend, device):
+    inputs = problem(device).detach()
+    value, f, g, *_ = ops.sinkhorn(inputs, ops.Iterations(max_iter=3), False, backend)
     is_points = inputs.cost is None
     needs = [is_points, is_points, not is_points, True, True]
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    opcheck(
-        torch.ops.otkern.sinkhorn_backward.default,
-        (*inputs, f, g, torch.ones_like(value), needs, backend),
-        test_utils=tests,
-    )
+
+    def check(op, *arguments):
+        opcheck(op.default, (*inputs, *arguments, backend), test_utils=tests)
+
+    check(torch.ops.otkern.sinkhorn_backward, f, g, torch.ones_like(value), needs)
+    dense = torch.ones(inputs.batch, inputs.max_a, inputs.max_b, device=device)
+    check(torch.ops.otkern.plan_backward, f, g, value, value, dense, f, g, needs)
+    check(torch.ops.otkern.implicit, f, g, None, None, None, None, f, g, inputs.kind == "balanced", 1e-5, 20)
     v = torch.ones((*g.shape, 2), device=device, requires_grad=True)
     opcheck(torch.ops.otkern.apply_plan.default, (*inputs, f, g, v, False, False, backend))
+    opcheck(torch.ops.otkern.plan.default, (*inputs, f, g, backend))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_adjoint_of_the_iterations_keeps_the_contract_of_torch_library(problem):
+    # Kept by the reference alone.
+    inputs = problem("cpu").detach()
+    iterations = ops.Iterations(max_iter=3)
+    _, f, g, multipliers, *_ = ops.sinkhorn(inputs, iterations, False, "reference")
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (*inputs, *iterations, f, g, multipliers, "reference")
+    opcheck(torch.ops.otkern.unrolled.default, arguments, test_utils=tests)
 
 
 def test_compiles_into_one_graph_without_recompiling_for_new_lengths(backend, device):
@@ -130,12 +163,12 @@ def test_checkpointing_gives_the_same_gradient(backend, device):
     assert torch.equal(*grads)
 
 
-def test_a_second_derivative_raises(backend, device):
+def test_a_third_derivative_raises(backend, device):
     x, y = points(device=device)
-    value = otkern.solve_sample(x, y, reg=0.5, max_iter=4, backend=backend).value.sum()
+    value = otkern.solve_sample(x, y, reg=0.5, max_iter=40, backend=backend).value.sum()
     (dx,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        dx.sum().backward()
+    with pytest.raises(NotImplementedError, match="third derivatives"):
+        torch.autograd.grad(dx.square().sum(), x, create_graph=True)
 
 
 def test_forward_mode_raises_instead_of_dropping_the_tangent(backend, device):
@@ -159,7 +192,8 @@ def test_saves_inputs_and_potentials_but_no_matrix(backend, device):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         otkern.solve_sample(x, y, reg=0.5, max_iter=2, backend=backend)
-    assert sum(saved) <= (n + m) * (d + 1) + 2
+    # and the item's reg, value and two multipliers
+    assert sum(saved) <= (n + m) * (d + 1) + 4
     assert max(saved) < n * m
 
 
