@@ -82,18 +82,23 @@ inline RowSums plan_row(const Item<T> &item, const PlanInputs<T> &in, int64_t i,
         for (int64_t j = 0; j < item.cols; ++j) plan[j] = 0;
         return {1, 0};
     }
+    // A point of nearly no weight may have entries E that are too large for a number, and P is one: their logarithms
+    // join. 0 for all others, whose bits it does not touch.
+    const T least = sizeof(T) == 4 ? T(1e-20) : T(1e-150);
+    const T joined = weight < least ? -log_of(weight) : T(0), factor = weight < least ? T(1) : weight;
     Vec<T> ratio{}, entropy{};
     for (int64_t j = 0; j < item.cols; j += width) {
         const Vec<T> b = load(in.b + j);
         const Vec<T> entry = load(c + j);
         const Vec<T> x =
             exponent_of<T>(load(in.g + j), entry, potential, (b > 0) & (entry < infinity<T>())) * item.inverse_reg;
-        const Vec<T> e = vexp<T>(x);
+        const Vec<T> e = vexp<T>(x - joined);
         ratio += b * e;
-        if (with_entropy) entropy += b * entropy_of<T>(x, e);
-        store(plan + j, weight * (b * e));
+        if (with_entropy) entropy += b * entropy_of<T>(x, joined > 0 ? vexp<T>(x) : e);
+        store(plan + j, factor * (b * e));
     }
-    return {horizontal_sum<T>(ratio), horizontal_sum<T>(entropy)};
+    const double scale = joined > 0 ? 1 / double(weight) : 1;
+    return {scale * horizontal_sum<T>(ratio), horizontal_sum<T>(entropy)};
 }
 
 }  // namespace OTKERN_LEVEL
