@@ -57,4 +57,6 @@ def sinkhorn_divergence(
         >>> otkern.sinkhorn_divergence(x, x, reg=0.5)
         tensor(0.)
     """
+    if "debias" in options:
+        raise TypeError("debias: a divergence is debiased by definition; otkern.solve_sample takes debias=False")
     return solve_sample(X_a, X_b, a, b, metric=metric, reg=reg, debias=True, **options).value

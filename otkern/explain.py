@@ -10,6 +10,7 @@ from torch import Tensor
 from otkern import backends
 from otkern.arguments import read_costs, read_points
 from otkern.solve import Call, read_call, solve, solve_sample
+from otkern.stacking import check_kind, stacked
 
 
 class Explanation(NamedTuple):
@@ -74,7 +75,7 @@ def _read(X_a: Tensor, X_b: Tensor | None, a: Tensor | None, b: Tensor | None, o
         p = given.arguments
         layout = ("lengths_a", "lengths_b", "cu_seqlens_a", "cu_seqlens_b", "max_seqlen_a", "max_seqlen_b")
         inputs, batched = read_points(X_a, X_b, a, b, p["reg"], p["metric"], *(p[name] for name in layout))
-    return read_call(
+    call = read_call(
         inputs,
         batched,
         p["reg_type"],
@@ -87,3 +88,7 @@ def _read(X_a: Tensor, X_b: Tensor | None, a: Tensor | None, b: Tensor | None, o
         p["backend"],
         p["check"],
     )
+    if p.get("debias"):
+        check_kind(call.inputs)
+        call = call._replace(inputs=stacked(call.inputs))
+    return call

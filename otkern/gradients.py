@@ -336,8 +336,8 @@ def of_potentials(
     tol: float,
     max_iter: int,
     backend: str,
-) -> tuple[Gradients, Tensor]:
-    """Implicit derivatives of <df, f> + <dg, g> + <dmultipliers, multipliers>, and the solver's residuals (B,).
+) -> tuple[Gradients, Tensor, Tensor]:
+    """Implicit derivatives of <df, f> + <dg, g> + <dmultipliers, multipliers>; the solver's residuals, iterations (B,).
 
     The potentials are a fixed point, f = U(softmin(g)) and g = U(softmin(f)); its adjoint gives the weights p and q
     that the two soft minima have in the derivative, equation (19). Not for kind "null".
@@ -362,7 +362,7 @@ def of_potentials(
     def solve(u: Tensor, v: Tensor):
         return torch.ops.otkern.implicit(*inputs, f, g, *slopes, None, None, u, v, singular, tol, max_iter, backend)
 
-    p, q, residual, _ = solve(u_a, u_b)
+    p, q, residual, n_iters = solve(u_a, u_b)
     # A right-hand side that is not finite ends the solve at once: it must not come out as 0.
     lost = 0 * (row.sums(u_a) + column.sums(u_b))
     p, q = p + row.spread(lost), q + column.spread(lost)
@@ -420,7 +420,7 @@ def of_potentials(
             first = scale * inputs.reg
             drelaxation = torch.stack([first, torch.zeros_like(first)], 1)
     gradients = Gradients(dx_a, dx_b, dcost, da, db, dreg, drelaxation)
-    return gradients, residual
+    return gradients, residual, n_iters
 
 
 def _slope(side: Side, multipliers: Tensor) -> Tensor | None:

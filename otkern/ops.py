@@ -73,9 +73,13 @@ class Differentiation(NamedTuple):
         return self.tol if self.tol is not None else 1e-10 if dtype == torch.float64 else 1e-5
 
 
-def sinkhorn(inputs: Inputs, iterations: Iterations, check: bool, backend: str):
-    """(value, f, g, multipliers, marginal_error, n_iters) of a batch; ``value`` carries the envelope gradient."""
-    arguments = (*inputs, *iterations, check, backend)
+def sinkhorn(inputs: Inputs, iterations: Iterations, how: Differentiation, check: bool, backend: str):
+    """(value, f, g, multipliers, marginal_error, n_iters) of a batch; ``value`` carries the envelope gradient.
+
+    Of ``how`` the implicit solve's bounds are taken: a second derivative needs it.
+    """
+    solver = how.tolerance(inputs.compute_dtype), how.max_iter
+    arguments = (*inputs, *iterations, *solver, check, backend)
     if not _dispatched(inputs):
         return _Sinkhorn.apply(*arguments)
     return torch.ops.otkern.sinkhorn(*arguments)
@@ -162,7 +166,7 @@ def _split(args, *more: int):
 
 def _sinkhorn(*args):
     inputs, rest = _split(args)
-    iterations, (check, name) = Iterations(*rest[:-2]), rest[-2:]
+    iterations, (check, name) = Iterations(*rest[:-4]), rest[-2:]
     backend = _serving(inputs, name, iterations.schedule)
     if check:
         # Inside the op, where data may be read without breaking a compiled graph.
@@ -194,6 +198,7 @@ class _Sinkhorn(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_N_TENSORS], *rest[:3], value)
         ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
+        ctx.how = Differentiation(tol=args[-4], max_iter=args[-3])
         return value, *rest
 
     @staticmethod
@@ -207,7 +212,7 @@ class _Sinkhorn(torch.autograd.Function):
         dvalue = torch.where(torch.isfinite(value), dvalue, 0)
         if torch.is_grad_enabled():
             # The gradient is to be differentiated again, and then the potentials move with the problem.
-            f, g, multipliers = potentials(inputs, f, g, multipliers, Differentiation(), ctx.backend)
+            f, g, multipliers = potentials(inputs, f, g, multipliers, ctx.how, ctx.backend)
         grads = gradients.of_value(
             inputs, f, g, multipliers, dvalue.contiguous(), list(need[:_N_DIFFERENTIABLE]), False, ctx.backend
         )
@@ -433,22 +438,22 @@ class _Potentials(torch.autograd.Function):
             out = torch.ops.otkern.unrolled(*inputs, *iterations, df, dg, dmultipliers, ctx.backend)
             return _for_problem(Gradients(*out), need)
         needs, tol = list(need[:_N_DIFFERENTIABLE]), how.tolerance(f.dtype)
-        grads, residual = gradients.of_potentials(
+        grads, residual, n_iters = gradients.of_potentials(
             inputs, f, g, multipliers, df, dg, dmultipliers, needs, tol, how.max_iter, ctx.backend
         )
         if residual.device.type == "cpu" and not torch.compiler.is_compiling():
-            _warn_of_residual(residual, how)
+            _warn_of_residual(residual, n_iters, how)
         return _for_problem(grads, need)
 
 
-def _warn_of_residual(residual: Tensor, how: Differentiation) -> None:
+def _warn_of_residual(residual: Tensor, n_iters: Tensor, how: Differentiation) -> None:
     # What fp32 cannot reach is not the caller's mistake.
     allowed = max(10 * how.tolerance(residual.dtype), 100 * torch.finfo(residual.dtype).eps)
     if bool((residual > allowed).any()):
         worst = int(residual.argmax())
         warnings.warn(
             f"otkern: the implicit gradient of item {worst} has a relative residual of {float(residual[worst]):.3g} "
-            f"after {how.max_iter} iterations; raise implicit_max_iter, implicit_tol or reg",
+            f"after {int(n_iters[worst])} iterations; raise implicit_max_iter, implicit_tol or reg",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -524,7 +529,7 @@ class _Symmetric(torch.autograd.Function):
 
 _define(
     "sinkhorn",
-    f"({_PROBLEM}, {_ITERATIONS}, bool check, str backend)"
+    f"({_PROBLEM}, {_ITERATIONS}, float implicit_tol, int implicit_max_iter, bool check, str backend)"
     " -> (Tensor value, Tensor f, Tensor g, Tensor multipliers, Tensor marginal_error, Tensor n_iters)",
     _sinkhorn,
     _sinkhorn_fake,

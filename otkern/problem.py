@@ -226,6 +226,9 @@ def masses(inputs: Inputs, side_a: bool) -> Tensor:
 def item_sums(inputs: Inputs, side_a: bool, values: Tensor) -> Tensor:
     """Sums (B,) over each item's true points of ``values``, shaped like that side's weights; differentiable."""
     longest = inputs.max_a if side_a else inputs.max_b
+    if torch.compiler.is_compiling():
+        # The width below would bind a graph to one size, and a compiler orders sums as it likes anyway.
+        return padded(inputs, side_a, values).sum(1)
     width = 1 << int(max(longest - 1, 0)).bit_length()
     position = torch.arange(width, device=inputs.device)
     inside = position < item_sizes(inputs, side_a).unsqueeze(1)

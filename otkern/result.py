@@ -43,6 +43,7 @@ class OTResult:
         batched: bool,
         backend: str,
         differentiation: ops.Differentiation,
+        constant: Tensor | None = None,
         self_potentials: tuple[Tensor, Tensor] | None = None,
     ):
         self._inputs, self._how = inputs, differentiation
@@ -61,10 +62,9 @@ class OTResult:
         if self._how.grad in ("implicit", "unrolled") and self_potentials is None:
             attached, f, g, multipliers = self._attached()
             self._value = ops.dual_value(attached, value, f, g, multipliers, backend)
-
-    def add_to_value(self, constant: Tensor) -> None:
-        """Add a differentiable term that does not depend on the plan, (B,); no value of +inf changes."""
-        self._value = torch.where(self._value.isposinf(), self._value, self._value + constant)
+        if constant is not None:
+            # No value of +inf changes.
+            self._value = torch.where(self._value.isposinf(), self._value, self._value + constant)
 
     def __repr__(self) -> str:
         shape = f"batch={self._inputs.batch}, " if self._batched else ""
@@ -80,7 +80,10 @@ class OTResult:
 
     @property
     def marginal_error(self) -> Tensor:
-        """(B,), L1 gap between the plan's marginals and (a, b) at the returned potentials; no gradient."""
+        """(B,), L1 gap between the plan's marginals and those that the potentials ask for; no gradient.
+
+        These are (a, b) in a balanced problem; else equations (12) and (15) of ``docs/derivations.md`` say which.
+        """
         self._warn_where_not_converged()
         return self._squeeze(self._marginal_error)
 

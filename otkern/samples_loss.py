@@ -66,7 +66,7 @@ class SamplesLoss(nn.Module):
         held fixed; with respect to the weights, the partial one at those potentials. With ``reach`` GeomLoss's
         gradients lack a factor of (ρ + ε) / (ρ + ε/2), which these have. The potentials are differentiable with
         respect to their own cloud (with ``tol``: not at all). With p = 1 distances below 1e-4 count as that much, as
-        in GeomLoss (not with ``tol``).
+        in GeomLoss (not with ``tol``); their gradient is that of the distance.
 
     Example:
         >>> import torch, otkern
@@ -141,7 +141,14 @@ class SamplesLoss(nn.Module):
             eps_start, n_steps = eps_start.repeat(3), n_steps.repeat(3)
         floor = LEAST_DISTANCE if self.p == 1 else 0.0
         loop = (eps_start, n_steps, self.scaling**self.p, floor, cross)
-        s_a, s_b, *_ = stacking.on_stack(inputs, check, lambda: ops.symmetric(problem, *loop, check, backend))
+        s_a, s_b, _, _, r_a, r_b = stacking.on_stack(
+            inputs, check, lambda: ops.symmetric(problem, *loop, check, backend)
+        )
+        # A point that reaches nothing has an infinite soft minimum; 0 stands for it, also where there is no weight.
+        s_a, s_b = (
+            torch.where((ratio == 0) & (weights_of(problem, side_a) > 0), math.inf, s)
+            for s, ratio, side_a in ((s_a, r_a, True), (s_b, r_b, False))
+        )
         f_self = g_self = None
         if self.debias:
             s_a, f_self, g_self = stacking.row_parts(inputs, problem, s_a)
@@ -197,7 +204,8 @@ class SamplesLoss(nn.Module):
             return f / self.p, g / self.p
         value = result.value
         if not self.debias:
-            mass_a, mass_b = (_total(weights, value) for weights in (a, b))
+            inputs, _ = read_points(x, y, a, b, eps, metric, lengths_a, lengths_b, None, None, None, None)
+            mass_a, mass_b = (masses(inputs, side_a).reshape(value.shape) for side_a in (True, False))
             value = value + eps * ((mass_a + mass_b) / 2 - mass_a * mass_b)
         return value / self.p
 
@@ -210,7 +218,10 @@ def _value(inputs: Inputs, eps: float, rho: float | None, f, g, f_self, g_self) 
 
     def sums(side_a: bool, between: Tensor, within: Tensor | None) -> Tensor:
         difference = terms(between) if within is None else terms(between) - terms(within)
-        return item_sums(inputs, side_a, weights_of(inputs, side_a) * difference)
+        weights = weights_of(inputs, side_a)
+        # Where nothing is reached the balanced loss is infinite, and infinite less infinite is no loss.
+        difference = torch.where(between.isposinf() & (rho is None), between, difference)
+        return item_sums(inputs, side_a, weights * difference)
 
     total = sums(True, f, f_self) + sums(False, g, g_self)
     if rho is None:
@@ -220,10 +231,6 @@ def _value(inputs: Inputs, eps: float, rho: float | None, f, g, f_self, g_self) 
         mass = masses(inputs, True) + masses(inputs, False)
         value = value - eps / 2 * (mass - mass.detach())
     return value
-
-
-def _total(weights: Tensor | None, like: Tensor) -> Tensor:
-    return torch.ones_like(like) if weights is None else weights.to(like.dtype).sum(-1)
 
 
 def _read_arguments(args: tuple) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:

@@ -22,12 +22,29 @@ def dense_cost(inputs: Inputs) -> Tensor:
         return -(x @ y.mT)
     if inputs.metric == "cosine":
         return 1 - _unit(x) @ _unit(y).mT
-    # The differences themselves: |x|^2 + |y|^2 - 2<x, y> would cancel in the second derivative as well.
-    square = sum((x[..., k].unsqueeze(2) - y[..., k].unsqueeze(1)).square() for k in range(x.shape[-1]))
+    square = _SquaredDistance.apply(x, y)
     if inputs.metric == "sqeuclidean":
         return square
     apart = square > 0
     return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """|x - y|^2 of points (B, N, D), (B, M, D) from differences; keeps the points only, and is twice differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    @staticmethod
+    def backward(ctx, w):
+        x, y = ctx.saved_tensors
+        # Differences do not see a common shift; near the origin the two terms cancel less.
+        centre = y.detach().mean(1, keepdim=True)
+        x, y = x - centre, y - centre
+        dx = 2 * (w.sum(2).unsqueeze(2) * x - w @ y)
+        return dx, 2 * (w.sum(1).unsqueeze(2) * y - w.mT @ x)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def solve(
             more column of mass Σa, with this cost everywhere and 0 in their corner. A number or a (B,) tensor.
             ``plan``, potentials and marginals are those of the real points.
         max_iter: full iterations at most, and exactly that many without ``tol``; >= 1.
-        tol: stop each problem by itself once the L1 gap between the plan's marginals and (a, b) is <= ``tol``.
+        tol: stop each problem by itself once the L1 gap between the plan's marginals and those that the potentials
+            ask for, (a, b) in a balanced problem, is <= ``tol``.
             None: no stopping.
         scaling: in (0, 1): epsilon starts at the scale of the cost (the squared or plain diameter of the clouds'
             bounding box, the range of the other metrics, or the largest finite cost) and falls by this factor for
@@ -91,7 +92,7 @@ def solve(
             is differentiable. The table in ``docs/gradients.md`` says what is exact when.
         implicit_tol: relative residual at which the linear solve of an implicit gradient stops; None: 1e-10 in
             float64, else 1e-5.
-        implicit_max_iter: its iterations at most; a solve that stops here warns.
+        implicit_max_iter: its iterations at most; on CPU a solve that ends far from its tolerance warns.
         backend: ``"reference"``, ``"cpu"`` or ``"triton"``; None: the fastest that can run here.
         check: whether to check the values of the arguments, not only their shapes. Default: where that does not
             synchronise an accelerator, which is on CPU tensors.
@@ -101,7 +102,7 @@ def solve(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
-        NotImplementedError: an option of a later release.
+        NotImplementedError: options that do not go together: ``mass`` with symmetric or over-relaxed updates.
 
     Note:
         An item's result is bitwise the same alone, in a batch, and from run to run.
@@ -182,7 +183,7 @@ def solve_sample(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value; the message names it.
-        NotImplementedError: an option of a later release.
+        NotImplementedError: options that do not go together: ``mass`` with symmetric or over-relaxed updates.
 
     Example:
         >>> import torch, otkern
@@ -299,8 +300,12 @@ def read_call(
 def run(call: Call) -> OTResult:
     """Call the op and wrap what it returns."""
     inputs, backend = call.inputs, call.backend
-    value, f, g, multipliers, marginal_error, n_iters = ops.sinkhorn(inputs, call.iterations, call.check, backend)
-    result = OTResult(
+    value, f, g, multipliers, marginal_error, n_iters = ops.sinkhorn(
+        inputs, call.iterations, call.differentiation, call.check, backend
+    )
+    # Where entropy and KL regularise to the same plan, their values differ by this.
+    constant = _entropy_of_weights(inputs) if call.reg_type == "entropy" and not inputs.entropy else None
+    return OTResult(
         inputs=inputs,
         value=value,
         f=f,
@@ -312,10 +317,8 @@ def run(call: Call) -> OTResult:
         batched=call.batched,
         backend=backend,
         differentiation=call.differentiation,
+        constant=constant,
     )
-    if call.reg_type == "entropy" and not inputs.entropy:
-        result.add_to_value(_entropy_of_weights(inputs))
-    return result
 
 
 def _read_iterations(

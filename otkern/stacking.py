@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 def run_debiased(call: Call) -> OTResult:
     """The result between the clouds of ``call``, with the value of equation (22)."""
     inputs, how, backend = call.inputs, call.differentiation, call.backend
-    _check_kind(inputs)
+    check_kind(inputs)
     differentiated = torch.is_grad_enabled() and (inputs.x_a.requires_grad or inputs.x_b.requires_grad)
     # The gradients of the three problems nearly cancel: they must meet before anything is rounded to 16 bits.
     stack = stacked(inputs.widened() if differentiated else inputs)
     iterations = _stacked_iterations(inputs, stack, call.iterations)
     value, f, g, multipliers, marginal_error, n_iters = on_stack(
-        inputs, call.check, lambda: ops.sinkhorn(stack, iterations, call.check, backend)
+        inputs, call.check, lambda: ops.sinkhorn(stack, iterations, how, call.check, backend)
     )
     if how.grad in ("implicit", "unrolled"):
         how = how._replace(iterations=iterations if how.grad == "unrolled" else None)
@@ -55,7 +55,8 @@ def run_debiased(call: Call) -> OTResult:
     )
 
 
-def _check_kind(inputs: Inputs) -> None:
+def check_kind(inputs: Inputs) -> None:
+    """Raise `NotImplementedError` for a problem of which no divergence is defined."""
     if inputs.kind in ("partial", "null"):
         name = "mass" if inputs.kind == "partial" else "null_cost"
         raise NotImplementedError(
@@ -115,7 +116,8 @@ def stacked(inputs: Inputs) -> Inputs:
         lengths_a, lengths_b = torch.cat([rows, rows, columns]), torch.cat([columns, rows, columns])
     relaxation = inputs.relaxation
     if relaxation is not None:
-        relaxation = torch.cat([relaxation, relaxation[:, [0, 0]], relaxation[:, [1, 1]]])
+        # By slices: a list of indices would be copied to the device, and waited for.
+        relaxation = torch.cat([relaxation, *(relaxation[:, i : i + 1].expand(-1, 2) for i in (0, 1))])
     return inputs._replace(
         x_a=torch.cat([x, x, y]),
         x_b=torch.cat([y, x, y]),

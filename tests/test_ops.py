@@ -61,14 +61,14 @@ PROBLEMS = (padded_problem, packed_problem, cost_problem, one_sided_problem, par
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_solve_keeps_the_contract_of_torch_library(problem, backend, device):
-    arguments = (*problem(device), *ops.Iterations(max_iter=3), False, backend)
+    arguments = (*problem(device), *ops.Iterations(max_iter=3), 1e-5, 100, False, backend)
     opcheck(torch.ops.otkern.sinkhorn.default, arguments)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_other_ops_keep_the_contract_of_torch_library(problem, backend, device):
     inputs = problem(device).detach()
-    value, f, g, *_ = ops.sinkhorn(inputs, ops.Iterations(max_iter=3), False, backend)
+    value, f, g, *_ = ops.sinkhorn(inputs, ops.Iterations(max_iter=3), ops.Differentiation(), False, backend)
     is_points = inputs.cost is None
     needs = [is_points, is_points, not is_points, True, True]
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -90,7 +90,7 @@ def test_the_adjoint_of_the_iterations_keeps_the_contract_of_torch_library(probl
     # Kept by the reference alone.
     inputs = problem("cpu").detach()
     iterations = ops.Iterations(max_iter=3)
-    _, f, g, multipliers, *_ = ops.sinkhorn(inputs, iterations, False, "reference")
+    _, f, g, multipliers, *_ = ops.sinkhorn(inputs, iterations, ops.Differentiation(), False, "reference")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     arguments = (*inputs, *iterations, f, g, multipliers, "reference")
     opcheck(torch.ops.otkern.unrolled.default, arguments, test_utils=tests)

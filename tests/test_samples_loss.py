@@ -385,8 +385,41 @@ def test_the_loss_compiles_without_a_break():
     x, y = torch.rand(2, 5, 3), torch.rand(2, 4, 3)
     loss = otkern.SamplesLoss(blur=0.3)
     torch._dynamo.reset()
-    assert torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y).equal(loss(x, y))
+    # A compiled graph adds the terms of the loss in its own order.
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y), loss(x, y))
 
 
 def test_the_representation_names_the_options():
     assert "p=1, blur=0.1, reach=None" in repr(otkern.SamplesLoss(p=1, blur=0.1))
+
+
+def test_what_stands_in_the_padding_has_no_mass_in_the_converged_loss():
+    x, y, a, b = torch.randn(1, 4, 3), torch.randn(1, 5, 3), torch.rand(1, 4) + 0.1, torch.rand(1, 5) + 0.1
+    a, b = a / a.sum(), b / b.sum()
+    loss = otkern.SamplesLoss(blur=0.5, debias=False, tol=1e-6)
+    wide_a = torch.cat([a, torch.full((1, 2), 9.0)], 1)
+    wide_x = torch.cat([x, torch.full((1, 2, 3), torch.nan)], 1)
+    assert loss(wide_a, wide_x, b, y, lengths_a=torch.tensor([4])).equal(loss(a, x, b, y))
+
+
+@pytest.mark.parametrize("tol", [None, 1e-2])
+def test_a_cloud_that_is_not_there_costs_all_of_the_other(tol):
+    x, y = torch.randn(2, 3, 3), torch.randn(2, 4, 3)
+    lengths = {"lengths_a": [0, 3], "lengths_b": [4, 4]}
+    assert otkern.SamplesLoss(tol=tol)(x, y, **lengths)[0] == torch.inf
+    priced = otkern.SamplesLoss(reach=1.0, tol=tol)(x, y, **lengths)
+    # all of y at a price of rho = reach^2 / 2 of GeomLoss's cost |x - y|^2 / 2 (its weight is rho + eps / 2)
+    assert priced[0].item() == pytest.approx(1.0, abs=5e-3)
+    assert priced[1].isfinite()
+
+
+def test_one_graph_serves_clouds_of_every_size():
+    def loss(x, y):
+        return otkern.SamplesLoss(blur=0.5)(x, y).sum() + otkern.solve_sample(x, y, reg=0.1).value_linear.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    y = torch.randn(2, 4, 3)
+    for n in range(5, 16):
+        x = torch.randn(2, n, 3)
+        torch.testing.assert_close(compiled(x, y), loss(x, y))
