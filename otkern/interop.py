@@ -1,7 +1,7 @@
 """Potentials in the conventions of other packages, to compare with their results or to go on from ours.
 
 Here P = a b exp((f + g - C) / reg). Others leave the weights out of the plan, or count in units of reg. A point without
-weight then has the potential -inf (a scaling of 0).
+weight then has the potential -inf (a scaling of 0), and no derivative.
 """
 
 from __future__ import annotations
