@@ -108,41 +108,41 @@ def of_value(
     da = db = dreg = drelaxation = df = dg = dmultipliers = None
     if any(needs[3:7]) or potentials_too:
         row, column = Side(inputs, f, multipliers, True), Side(inputs, g, multipliers, False)
-        sides = ((row, column, ratio_a), (column, row, ratio_b))
+        sides = ((row, ratio_a), (column, ratio_b))
         null = NullPoints(row, column, multipliers) if inputs.kind == "null" else None
     if needs_a or needs_b:
         da, db = (
-            _of_weights(side, other, ratio, null if null is None else null.side(side)) if needed else None
-            for (side, other, ratio), needed in zip(sides, (needs_a, needs_b), strict=True)
+            _of_weights(side, ratio, null if null is None else null.side(side)) if needed else None
+            for (side, ratio), needed in zip(sides, (needs_a, needs_b), strict=True)
         )
     if needs_reg:
         dreg = entropy
         if inputs.entropy:
             # sum P log P from sum a b h(x), with P = a b exp(x)
             dreg = dreg - masses(inputs, True) * masses(inputs, False)
-            for side, _, ratio in sides:
+            for side, ratio in sides:
                 dreg = dreg + side.sums(side.weights * ratio * (side.log_weights + 0.5))
         if null is not None:
             dreg = dreg + null.entropy()
     if needs_relaxation:
         if inputs.kind == "unbalanced":
-            drelaxation = torch.stack([side.of_rho(ratio) for side, _, ratio in sides], 1)
+            drelaxation = torch.stack([side.of_rho(ratio) for side, ratio in sides], 1)
         else:
             first = multipliers[:, 0] if null is None else null.mass()
             drelaxation = torch.stack([first, torch.zeros_like(first)], 1)
     if potentials_too:
         df, dg = (
             side.asked(ratio) - side.weights * (ratio if null is None else null.side(side).ratio(ratio))
-            for side, _, ratio in sides
+            for side, ratio in sides
         )
         if inputs.entropy:
             # The terms above hold f - o fixed; here f is, and o moves with the weights and reg.
-            moved = [torch.where(side.weights > 0, d, 0) for (side, *_), d in zip(sides, (df, dg), strict=True)]
+            moved = [torch.where(side.weights > 0, d, 0) for (side, _), d in zip(sides, (df, dg), strict=True)]
             da, db = (
                 None if dw is None else dw + side.eps * d / torch.exp(side.log_weights)
-                for dw, (side, *_), d in zip((da, db), sides, moved, strict=True)
+                for dw, (side, _), d in zip((da, db), sides, moved, strict=True)
             )
-            for (side, *_), d in zip(sides, moved, strict=True):
+            for (side, _), d in zip(sides, moved, strict=True):
                 dreg = dreg if dreg is None else dreg + side.sums(d * (side.log_weights + 0.5))
         dmultipliers = torch.zeros_like(multipliers)
         if inputs.kind == "partial":
@@ -175,7 +175,7 @@ def of_value(
     )
 
 
-def _of_weights(side: Side, other: Side, ratio: Tensor, null: NullSide | None) -> Tensor:
+def _of_weights(side: Side, ratio: Tensor, null: NullSide | None) -> Tensor:
     """Equation (9): the side's price, and the reference measure's share where that is a ⊗ b."""
     price = side.price(ratio)
     if side.inputs.entropy:
@@ -198,8 +198,8 @@ class NullPoints:
         self.total = mass_a + mass_b
         # x of the corner, whose cost is 0
         self.corner = (f_null + g_null) / self.reg
-        self.row = NullSide(self, row, g_null, mass_a, f_null, mass_b)
-        self.column = NullSide(self, column, f_null, mass_b, g_null, mass_a)
+        self.row = NullSide(self, row, g_null, mass_a, mass_b)
+        self.column = NullSide(self, column, f_null, mass_b, mass_a)
 
     def side(self, side: Side) -> NullSide:
         return self.row if side.side_a else self.column
@@ -223,13 +223,12 @@ class NullPoints:
 class NullSide:
     """What the points of one side have to do with the null point of the other.
 
-    ``weight`` is that null point's weight and ``potential`` its potential; ``own_*`` are those of the null point of
-    the side itself.
+    ``weight`` is that null point's weight and ``potential`` its potential; ``own_weight`` is the weight of the null
+    point of the side itself.
     """
 
-    def __init__(self, null: NullPoints, side: Side, potential, weight, own_potential, own_weight):
+    def __init__(self, null: NullPoints, side: Side, potential, weight, own_weight):
         self.null, self.side, self.potential, self.weight, self.own_weight = null, side, potential, weight, own_weight
-        self.own_potential = own_potential
         self.x = (side.t + side.spread(potential - null.cost)) / side.eps
 
     def ratio(self, ratio: Tensor) -> Tensor:

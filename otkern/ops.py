@@ -156,7 +156,7 @@ def _define(name: str, signature: str, kernel, fake) -> None:
     torch.library.register_fake(f"otkern::{name}", fake, lib=_library)
 
 
-def _split(args, *more: int):
+def _split(args):
     """The problem and what follows it."""
     return Inputs(*args[:_N_PROBLEM]), args[_N_PROBLEM:]
 

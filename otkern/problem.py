@@ -280,9 +280,7 @@ def _clouds(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
     clouds = []
     for side_a, points in ((True, inputs.x_a), (False, inputs.x_b)):
         cloud = padded(inputs, side_a, points.to(inputs.compute_dtype))
-        longest = inputs.max_a if side_a else inputs.max_b
-        inside = torch.arange(longest, device=inputs.device) < item_sizes(inputs, side_a).unsqueeze(1)
-        clouds.append((cloud, inside.unsqueeze(2)))
+        clouds.append((cloud, padded_mask(inputs, side_a).unsqueeze(2)))
     return clouds
 
 
@@ -313,13 +311,19 @@ def weights_of(inputs: Inputs, side_a: bool) -> Tensor:
     return weights if inputs.packed else torch.where(row_mask(inputs, side_a), weights, 0)
 
 
+def padded_mask(inputs: Inputs, side_a: bool) -> Tensor:
+    """Which entries of one side are true points when it is padded, (B, N) or (B, M), whatever its layout."""
+    longest = inputs.max_a if side_a else inputs.max_b
+    return torch.arange(longest, device=inputs.device) < item_sizes(inputs, side_a).unsqueeze(1)
+
+
 def padded(inputs: Inputs, side_a: bool, values: Tensor) -> Tensor:
     """Rows of one side, (B, N) or (sum of lengths,) and any further axes, as (B, N, ...) with zeros in the padding."""
-    longest = inputs.max_a if side_a else inputs.max_b
-    inside = torch.arange(longest, device=inputs.device) < item_sizes(inputs, side_a).unsqueeze(1)
+    inside = padded_mask(inputs, side_a)
     if inputs.packed:
         starts = (inputs.cu_seqlens_a if side_a else inputs.cu_seqlens_b)[:-1]
-        index = torch.where(inside, starts.unsqueeze(1) + torch.arange(longest, device=inputs.device), 0)
+        position = torch.arange(inside.shape[1], device=inputs.device)
+        index = torch.where(inside, starts.unsqueeze(1) + position, 0)
         values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])[index]
     return torch.where(inside.reshape(*inside.shape, *[1] * (values.dim() - 2)), values, 0)
 

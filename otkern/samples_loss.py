@@ -204,8 +204,7 @@ class SamplesLoss(nn.Module):
             return f / self.p, g / self.p
         value = result.value
         if not self.debias:
-            inputs, _ = read_points(x, y, a, b, eps, metric, lengths_a, lengths_b, None, None, None, None)
-            mass_a, mass_b = (masses(inputs, side_a).reshape(value.shape) for side_a in (True, False))
+            mass_a, mass_b = (masses(result._inputs, side_a).reshape(value.shape) for side_a in (True, False))
             value = value + eps * ((mass_a + mass_b) / 2 - mass_a * mass_b)
         return value / self.p
 

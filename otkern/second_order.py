@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otkern.problem import Inputs, item_sizes, item_sums, masses, padded, spread, unpadded, weights_of
+from otkern.problem import Inputs, item_sizes, item_sums, masses, padded, padded_mask, spread, unpadded, weights_of
 
 
 def dense_cost(inputs: Inputs) -> Tensor:
@@ -56,11 +56,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _inside(inputs: Inputs) -> Tensor:
     """Which entries of (B, N, M) are pairs of true points."""
-    rows, columns = (
-        torch.arange(longest, device=inputs.device) < item_sizes(inputs, side_a).unsqueeze(1)
-        for longest, side_a in ((inputs.max_a, True), (inputs.max_b, False))
-    )
-    return rows.unsqueeze(2) & columns.unsqueeze(1)
+    return padded_mask(inputs, True).unsqueeze(2) & padded_mask(inputs, False).unsqueeze(1)
 
 
 def of_value_sums(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: list[bool], cotangents):
@@ -87,9 +83,7 @@ def _value_sums(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: lis
     x = (x - torch.where(inside, cost, 0)) / eps
     a = padded(inputs, True, weights_of(inputs, True)).unsqueeze(2)
     b = padded(inputs, False, weights_of(inputs, False)).unsqueeze(1)
-    # At points without weight the exponential alone may overflow; its products with weights are of no account there.
-    most = 80.0 if x.dtype == torch.float32 else 600.0
-    e = torch.where(inside, x.clamp(max=most).exp(), 0)
+    e = torch.where(inside, _bounded_exp(x), 0)
     p = a * b * e
     dp = dvalue.reshape(-1, 1, 1) * p
     dx_a = dx_b = dcost = ratio_a = ratio_b = entropy = None
@@ -105,6 +99,11 @@ def _value_sums(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: lis
         h = torch.where(inside, 1 - e + x * e, 1)
         entropy = torch.where(_inside(inputs), a * b * h, 0).sum((1, 2))
     return dx_a, dx_b, dcost, ratio_a, ratio_b, entropy
+
+
+def _bounded_exp(x: Tensor) -> Tensor:
+    """exp, cut where only points without weight lead: their products with weights are of no account there."""
+    return x.clamp(max=80.0 if x.dtype == torch.float32 else 600.0).exp()
 
 
 def with_null(inputs: Inputs) -> Inputs:
@@ -154,10 +153,8 @@ def null_cost_moved(inputs: Inputs, f: Tensor, g: Tensor, multipliers: Tensor) -
     infinite = inputs.relaxation[:, 0].isposinf()
     price = torch.where(infinite, 0, inputs.relaxation[:, 0])
     moved = torch.zeros_like(price)
-    # At points without weight the exponential alone may overflow.
-    most = 80.0 if price.dtype == torch.float32 else 600.0
     for side_a, potential, null in ((True, f, multipliers[:, 1]), (False, g, multipliers[:, 0])):
         x = (potential + spread(inputs, side_a, null - price)) / spread(inputs, side_a, inputs.reg)
-        part = weights_of(inputs, side_a) * torch.exp(x.clamp(max=most))
+        part = weights_of(inputs, side_a) * _bounded_exp(x)
         moved = moved + masses(inputs, side_a) * item_sums(inputs, side_a, part)
     return torch.where(infinite, 0, price * moved)

@@ -218,3 +218,9 @@ def basis(point: Tensor) -> Tensor:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected entry."""
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-300))
+
+
+def positive(problem: Problem) -> Problem:
+    """Without weights of 0, where POT's gradients are NaN."""
+    a, b = problem.a + 0.02, problem.b + 0.02
+    return problem._replace(a=a / a.sum(), b=b / b.sum())

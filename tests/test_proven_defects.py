@@ -12,19 +12,17 @@ import pytest
 import torch
 
 import otkern
-from tests.problems import METRICS, Problem, exact_value, make_problem, make_weights, relative_error
+from tests.calls import solve_cost
+from tests.problems import (
+    METRICS,
+    Problem,
+    exact_value,
+    make_problem,
+    make_weights,
+    positive,
+    relative_error,
+)
 from tests.relaxed import by_convex_solver, make_relaxed, objective
-
-
-def positive(problem: Problem) -> Problem:
-    """Without weights of 0, where POT's gradients are NaN."""
-    a, b = problem.a + 0.02, problem.b + 0.02
-    return problem._replace(a=a / a.sum(), b=b / b.sum())
-
-
-def solve_cost(problem: Problem, backend, device, **options) -> otkern.OTResult:
-    cost, a, b = (t.to(device) for t in (problem.cost, problem.a, problem.b))
-    return otkern.solve(cost, a, b, **({"reg": problem.reg, "max_iter": 80, "backend": backend} | options))
 
 
 def caught(package, check, *answer) -> None:

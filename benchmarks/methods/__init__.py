@@ -57,10 +57,11 @@ class Absent(Exception):
 
 
 class Method:
-    """One way to solve one case. ``begin`` is the least that a subclass defines.
+    """One way to solve one case. ``values`` is the least that a subclass in torch defines; others define the rest.
 
     Attributes:
         setting: one phrase on how it runs, for the record.
+        linear: its value is <P, C>, without the entropy.
         steps: what ``iterations_done`` returns unless it asks the package.
         gradient_slack: relative error of the gradients allowed in cases with a ``tol``, where it is larger than usual.
         debiases: it has the divergence of a debiased case, or says itself that it has not.
@@ -68,6 +69,7 @@ class Method:
     """
 
     setting = ""
+    linear = False
     steps: int | None = None
     gradient_slack = 0.0
     debiases = False
@@ -77,13 +79,25 @@ class Method:
         self.case, self.clouds, self.reg = case, clouds, case.reg
         self.steps = case.iterations if case.tol is None else None
 
+    def values(self, x: Tensor, y: Tensor) -> Tensor:
+        """The values (B,) of points, differentiable where the points ask for it."""
+        raise NotImplementedError
+
     def begin(self) -> tuple[Tensor, Callable[[], Answer]]:
         """The differentiable forward, and the function that does the backward and returns the answer."""
-        raise NotImplementedError
+        x, y = self.leaves()
+        value = self.values(x, y)
+
+        def backward() -> Answer:
+            value.sum().backward()
+            return Answer(value.detach(), self.linear, x.grad, y.grad)
+
+        return value, backward
 
     def forward(self) -> Answer:
         """The values alone."""
-        raise NotImplementedError
+        with torch.no_grad():
+            return Answer(self.values(self.clouds.x, self.clouds.y), self.linear)
 
     def both(self) -> Answer:
         return self.begin()[1]()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from benchmarks.methods import Method
-from benchmarks.problems import Answer
 
 _LIBRARY = torch.library.Library("otkern_benchmarks", "DEF")
 _LIBRARY.define("bare(Tensor x, Tensor y) -> Tensor")
@@ -36,17 +35,7 @@ class BareOp(Method):
     """``Library.define``, ``impl`` and ``register_autograd``, the backward an op of its own."""
 
     setting = "allocates its results and returns"
+    linear = True
 
-    def begin(self):
-        x, y = self.leaves()
-        value = torch.ops.otkern_benchmarks.bare(x, y)
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), True, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            return Answer(torch.ops.otkern_benchmarks.bare(self.clouds.x, self.clouds.y), True)
+    def values(self, x, y):
+        return torch.ops.otkern_benchmarks.bare(x, y)

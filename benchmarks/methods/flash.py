@@ -10,7 +10,6 @@ from flash_sinkhorn import SamplesLoss
 from torch.nn.functional import normalize
 
 from benchmarks.methods import Absent, Method
-from benchmarks.problems import Answer
 
 # It stops by the change of its potentials: the loosest threshold, in units of reg times tol, that reaches the error.
 FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)
@@ -42,22 +41,8 @@ class FlashSinkhorn(Method):
             n, m = self.clouds.sizes(i)
             yield x[i, :n], y[i, :m]
 
-    def _values(self, x, y):
+    def values(self, x, y):
         return torch.stack([self.loss(*pair) for pair in self._items(x, y)])
-
-    def begin(self):
-        x, y = self.leaves()
-        value = self._values(x, y)
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), False, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            return Answer(self._values(self.clouds.x, self.clouds.y), False)
 
     def potentials(self):
         f, g = (torch.zeros(cloud.shape[:2], device=cloud.device) for cloud in self.clouds[:2])

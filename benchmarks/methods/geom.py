@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.methods import Absent, Method
 from benchmarks.methods.encoder import Alone
-from benchmarks.problems import Answer, annealed, pairwise
+from benchmarks.problems import annealed, pairwise
 
 # Each step moves epsilon, and the potentials lag behind by about 1 - scaling. The last takes thousands of steps.
 SCALINGS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.9995)
@@ -65,22 +65,8 @@ class Tensorized(Method):
     def points(self, x):
         return self.computing(x)
 
-    def _value(self, x, y):
+    def values(self, x, y):
         return self.factor * self.loss(self.a, self.points(x), self.b, self.points(y))
-
-    def begin(self):
-        x, y = self.leaves()
-        value = self._value(x, y)
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), False, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            return Answer(self._value(self.clouds.x, self.clouds.y).detach(), False)
 
     def potentials(self):
         f, g = self.dual(self.a, self.points(self.clouds.x), self.b, self.points(self.clouds.y))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 import otkern
 from benchmarks.methods import Method, ThreeSolves
-from benchmarks.problems import Answer
 
 
 class Otkern(Method):
@@ -25,25 +22,11 @@ class Otkern(Method):
         if clouds.lengths_a is not None:
             self.options |= {"lengths_a": clouds.lengths_a, "lengths_b": clouds.lengths_b}
 
-    def _solve(self, x, y):
+    def values(self, x, y):
         result = otkern.solve_sample(x, y, **self.options)
         # Not the result: it would keep the gradients of this call alive until the next.
         self.n_iters = result.n_iters
         return result.value
-
-    def begin(self):
-        x, y = self.leaves()
-        value = self._solve(x, y)
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), False, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            return Answer(self._solve(self.clouds.x, self.clouds.y), False)
 
     def potentials(self):
         # Without points that need a gradient, whose potentials would be tied to them.

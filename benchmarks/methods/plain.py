@@ -14,6 +14,7 @@ CHECK_EVERY = 10  # iterations between two looks at the marginal error; each loo
 class Dense(Method):
     """Dense cost, iterations without graph, envelope gradient: <P, C> with P held fixed."""
 
+    linear = True
     inner = 1  # iterations in one call of ``steps_of``
 
     def __init__(self, case, clouds):
@@ -52,23 +53,11 @@ class Dense(Method):
         plan, self.f, self.g = self.finish(fixed, state)
         return plan
 
-    def begin(self):
-        x, y = self.leaves()
+    def values(self, x, y):
         cost = self.cost_of(self.computing(x), self.computing(y), self.case.metric)
         with torch.no_grad():
             plan = self._solve(cost)
-        value = (plan * cost).sum((1, 2))
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), True, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            cost = self.cost_of(self.computing(self.clouds.x), self.computing(self.clouds.y), self.case.metric)
-            return Answer((self._solve(cost) * cost).sum((1, 2)), True)
+        return (plan * cost).sum((1, 2))
 
     def potentials(self):
         return self.f[..., 0], self.g[..., 0]
@@ -164,21 +153,10 @@ class CompiledLogDomain(_Compiled, LogDomain):
 class CostAlone(Method):
     """A yardstick: the cost and its backward in torch, without any iteration. Padded like the peers."""
 
-    def begin(self):
-        x, y = self.leaves()
-        cost = pairwise(self.computing(x), self.computing(y), self.case.metric)
-        total = cost.sum((1, 2))
+    linear = True
 
-        def backward() -> Answer:
-            total.sum().backward()
-            return Answer(total.detach(), True, x.grad, y.grad)
-
-        return total, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            x, y = (self.computing(cloud) for cloud in (self.clouds.x, self.clouds.y))
-            return Answer(pairwise(x, y, self.case.metric).sum((1, 2)), True)
+    def values(self, x, y):
+        return pairwise(self.computing(x), self.computing(y), self.case.metric).sum((1, 2))
 
 
 class ThreeProducts(Method):

@@ -14,7 +14,7 @@ from ot.batch import solve_batch, solve_sample_batch
 from torch.nn.functional import normalize
 
 from benchmarks.methods import Absent, Method
-from benchmarks.problems import Answer, pairwise
+from benchmarks.problems import pairwise
 
 # POT stops at an L2 error. What L1 error that is depends on the problem: the loosest factor that holds is looked for.
 FACTORS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
@@ -22,6 +22,8 @@ FACTORS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
 
 class _Pot(Method):
     """What its solvers share: weights, envelope gradient, choice of the stopping threshold."""
+
+    linear = True
 
     def __init__(self, case, clouds):
         super().__init__(case, clouds)
@@ -33,23 +35,11 @@ class _Pot(Method):
         """Plans (B, N, M) without graph; keeps the potentials."""
         raise NotImplementedError
 
-    def begin(self):
-        x, y = self.leaves()
+    def values(self, x, y):
         cost = pairwise(self.computing(x), self.computing(y), self.case.metric)
         with torch.no_grad():
             plan = self.plans(cost)
-        value = (plan * cost).sum((1, 2))
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), True, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            cost = pairwise(self.computing(self.clouds.x), self.computing(self.clouds.y), self.case.metric)
-            return Answer((self.plans(cost) * cost).sum((1, 2)), True)
+        return (plan * cost).sum((1, 2))
 
     def potentials(self):
         """From the logarithms u, v of its scalings, P = exp(u + v - C / reg)."""
@@ -101,27 +91,14 @@ class SolveSampleBatch(_Pot):
         if case.tol is not None:
             raise Absent("it returns no potentials to verify beside solve_batch, whose solver it calls")
 
-    def _value(self, x, y, grad):
+    def values(self, x, y):
+        grad = "envelope" if torch.is_grad_enabled() else "detach"
         x, y = self.computing(x), self.computing(y)
         if self.cosine:
             x, y = normalize(x, dim=-1), normalize(y, dim=-1)
         factor = 2.0 if self.cosine else 1.0
         options = {"max_iter": self.case.iterations, "tol": self.threshold, "method": "log_sinkhorn", "grad": grad}
         return solve_sample_batch(x, y, factor * self.reg, self.a, self.b, **options).value_linear / factor
-
-    def begin(self):
-        x, y = self.leaves()
-        value = self._value(x, y, "envelope")
-
-        def backward() -> Answer:
-            value.sum().backward()
-            return Answer(value.detach(), True, x.grad, y.grad)
-
-        return value, backward
-
-    def forward(self) -> Answer:
-        with torch.no_grad():
-            return Answer(self._value(self.clouds.x, self.clouds.y, "detach"), True)
 
 
 class SinkhornLogLoop(_Pot):

@@ -27,15 +27,7 @@ void plan_item(ApplyCall &call, int64_t index, Team &team) {
         in.carve(carver, item);
         carver.take(rows, panel * item.cols);
     };
-    Carver carver;
-    carve(carver);
-    carver.memory = static_cast<char *>(team.scratch(carver.used));
-    if (carver.memory == nullptr) {
-        call.out_of_memory = true;
-        return;
-    }
-    carver.used = 0;
-    carve(carver);
+    if (!carve_scratch(call, team, carve)) return;
     in.read(item, team, call.f, call.g);
     team.barrier();
     int64_t begin, end;
@@ -81,15 +73,7 @@ void apply_item(ApplyCall &call, int64_t index, Team &team) {
         carver.take(value_rows, terms);
         carver.take(sums, round_up(call.transpose ? item.m : panel, kGroup) * stride);
     };
-    Carver carver;
-    carve(carver);
-    carver.memory = static_cast<char *>(team.scratch(carver.used));
-    if (carver.memory == nullptr) {
-        call.out_of_memory = true;
-        return;
-    }
-    carver.used = 0;
-    carve(carver);
+    if (!carve_scratch(call, team, carve)) return;
 
     in.read(item, team, call.f, call.g);
     int64_t begin, end;

@@ -333,15 +333,7 @@ void backward_item(BackwardCall &call, int64_t index, Team &team) {
     if (team.rank == 0) clear(call, item, nothing);
     if (nothing) return;
     Backward<T> backward(call, item, team);
-    Carver carver;
-    backward.carve(carver);
-    carver.memory = static_cast<char *>(team.scratch(carver.used));
-    if (carver.memory == nullptr) {
-        call.out_of_memory = true;
-        return;
-    }
-    carver.used = 0;
-    backward.carve(carver);
+    if (!carve_scratch(call, team, [&](Carver &carver) { backward.carve(carver); })) return;
     backward.run(dvalue);
 }
 

@@ -98,15 +98,7 @@ void forward_item(ForwardCall &call, int64_t index, Team &team) {
         return;
     }
     Sinkhorn<T> solver(item, team, call.store_bytes);
-    Carver carver;
-    solver.carve(carver);
-    carver.memory = static_cast<char *>(team.scratch(carver.used));
-    if (carver.memory == nullptr) {
-        call.out_of_memory = true;
-        return;
-    }
-    carver.used = 0;
-    solver.carve(carver);
+    if (!carve_scratch(call, team, [&](Carver &carver) { solver.carve(carver); })) return;
     const int found = solver.run(call);
     if (team.rank != 0) return;
     if (found) report_bad_input(call.bad_input, index, found);

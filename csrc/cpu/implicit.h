@@ -373,15 +373,7 @@ void implicit_item(ImplicitCall &call, int64_t index, Team &team) {
         return;
     }
     Adjoint<T> adjoint(call, item, team);
-    Carver carver;
-    adjoint.carve(carver);
-    carver.memory = static_cast<char *>(team.scratch(carver.used));
-    if (carver.memory == nullptr) {
-        call.out_of_memory = true;
-        return;
-    }
-    carver.used = 0;
-    adjoint.carve(carver);
+    if (!carve_scratch(call, team, [&](Carver &carver) { adjoint.carve(carver); })) return;
     adjoint.run();
 }
 

@@ -19,6 +19,21 @@ struct Carver {
     }
 };
 
+// Carves `call`'s scratch for an item, the size first. Returns false, and says so in the call, where memory is short.
+template <class Call, class F>
+bool carve_scratch(Call &call, Team &team, F carve) {
+    Carver carver;
+    carve(carver);
+    carver.memory = static_cast<char *>(team.scratch(carver.used));
+    if (carver.memory == nullptr) {
+        call.out_of_memory = true;
+        return false;
+    }
+    carver.used = 0;
+    carve(carver);
+    return true;
+}
+
 // True sizes and addresses of item `index`. Padded sizes are those of scratch: groups of rows, whole vectors of
 // columns. With `with_null` the null points of Kind::null are its last row and its last column.
 template <class T>

@@ -437,15 +437,7 @@ void symmetric_item(SymmetricCall &call, int64_t index, Team &team) {
         return;
     }
     Annealing<T> loop(call, item, team);
-    Carver carver;
-    loop.carve(carver);
-    carver.memory = static_cast<char *>(team.scratch(carver.used));
-    if (carver.memory == nullptr) {
-        call.out_of_memory = true;
-        return;
-    }
-    carver.used = 0;
-    loop.carve(carver);
+    if (!carve_scratch(call, team, [&](Carver &carver) { loop.carve(carver); })) return;
     const int found = loop.run();
     if (team.rank != 0) return;
     if (found) report_bad_input(call.bad_input, index, found);

@@ -105,10 +105,15 @@ def forward(
         n_iters=n_iters.data_ptr(),
         threads=torch.get_num_threads(),
     )
+    _refuse(bad)
+    return value, f, g, multipliers, marginal_error, n_iters
+
+
+def _refuse(bad: tuple[int, int] | None) -> None:
+    """Raise for the first item, and its argument, that a kernel found bad."""
     if bad is not None:
         item, argument = bad
         raise non_finite_points(_ARGUMENTS[argument], item)
-    return value, f, g, multipliers, marginal_error, n_iters
 
 
 def symmetric(
@@ -149,9 +154,7 @@ def symmetric(
         r_b=r_b.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    if bad is not None:
-        item, argument = bad
-        raise non_finite_points(_ARGUMENTS[argument], item)
+    _refuse(bad)
     return s_a, s_b, f, g, r_a, r_b
 
 

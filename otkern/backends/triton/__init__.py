@@ -21,7 +21,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from otkern.problem import Inputs, PlanWeights, Schedule, check_points, item_sizes
+from otkern.problem import Inputs, PlanWeights, Schedule, check_points, padded
 
 Needs = tuple[bool, bool, bool, bool, bool]
 
@@ -131,7 +131,4 @@ def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
     inside = (item >= 0) & (item < inputs.batch)
     place = rows - inputs.cu_seqlens_b[torch.where(inside, item, 0)]
     packed = apply(inputs, f, g, torch.where(inside.unsqueeze(1), unit[torch.where(inside, place, 0)], 0), False, False)
-    position = torch.arange(inputs.max_a, device=inputs.device)
-    inside = position < item_sizes(inputs, True).unsqueeze(1)
-    source = torch.where(inside, inputs.cu_seqlens_a[:-1].unsqueeze(1) + position, 0)
-    return torch.where(inside.unsqueeze(2), packed[source], 0)
+    return padded(inputs, True, packed)
