@@ -10,6 +10,8 @@ their blocks. Triton is imported with the first call, not before.
     relaxation.py      what other marginals than balanced ones change about one side
     onchip_relaxed.py  the solve for every kind of marginals, or with a schedule, in one launch
     global_relaxed.py  the same of larger problems
+    onchip_symmetric.py  clouds with themselves, and the annealed loop of GeomLoss, in one launch
+    global_symmetric.py  the same of larger problems
     plan_products.py   everything that needs the plan: gradients and products
     conjugate_gradients.py  the adjoint of the fixed point
 """
@@ -66,14 +68,30 @@ def forward(
     check: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The values (B,), potentials, multipliers (B, 2), marginal errors (B,) and iteration counts (B,) of the batch."""
-    from . import launch, launch_relaxed
+    from . import launch, launch_relaxed, launch_symmetric
 
     if check:
         check_points(inputs)
     if inputs.kind != "balanced" or (schedule is not None and schedule.eps_start is not None):
-        return launch_relaxed.forward(inputs, g_init, max_iter, tol, schedule)
-    value, f, g, error, iters = launch.forward(inputs, g_init, max_iter, tol)
-    return value, f, g, value.new_zeros(inputs.batch, 2), error, iters
+        value, f, g, multipliers, error, iters = launch_relaxed.forward(inputs, g_init, max_iter, tol, schedule)
+    else:
+        value, f, g, error, iters = launch.forward(inputs, g_init, max_iter, tol)
+        multipliers = value.new_zeros(inputs.batch, 2)
+    if inputs.n_pairs < inputs.batch:
+        results = {"value": value, "f": f, "g": g, "error": error, "iters": iters}
+        launch_symmetric.self_forward(inputs, results, max_iter, tol, schedule)
+    return value, f, g, multipliers, error, iters
+
+
+def symmetric(
+    inputs: Inputs, eps_start: Tensor, n_steps: Tensor, eps_factor: float, cost_floor: float, check: bool = False
+) -> tuple[Tensor, ...]:
+    """(s_a, s_b, f, g, r_a, r_b) of GeomLoss's loop, as of the reference backend's function of this name."""
+    from . import launch_symmetric
+
+    if check:
+        check_points(inputs)
+    return launch_symmetric.annealed(inputs, eps_start, n_steps, eps_factor, cost_floor)
 
 
 def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:

@@ -53,8 +53,8 @@ FORWARD = {
 }
 FORWARD[torch.float16] = FORWARD[torch.bfloat16]
 
-# Solves in the log domain, which hold the cost alone, and systems of equations, which hold the plan. In fp64 their
-# vectors spill beside a tile of 64 (up to 220 bytes).
+# Solves in the log domain, which hold the cost alone, systems of equations, which hold the plan, and clouds with
+# themselves. In fp64 their vectors spill beside a tile of 64 (up to 220 bytes).
 RELAXED = FORWARD | {torch.float64: FORWARD[torch.float64][:2]}
 IMPLICIT = RELAXED
 
@@ -87,6 +87,7 @@ APPLY = {
 }
 # (block of the updated side, block of the other side, warps) of a half update
 HALF_UPDATE = {torch.float32: (32, 128, 4), torch.float64: (32, 64, 4)}
+AVERAGED_UPDATE = {torch.float32: (32, 128, 4), torch.float64: (32, 64, 8)}
 FINISH_BLOCK = 128
 
 # Settings that differ on one device: (table name, compute capability, dtype) -> what stands in that table.
@@ -176,11 +177,11 @@ def onchip_limit(dtype: torch.dtype) -> int:
     return FORWARD[dtype][-1].block
 
 
-def grids(batch: int, blocks: int = 1, most: int = MAX_PROGRAMS):
-    """The launches that cover a batch with `blocks` programs an item, `most` at once: (first item, grid)."""
+def grids(stop: int, blocks: int = 1, most: int = MAX_PROGRAMS, start: int = 0):
+    """The launches that cover items from `start` on with `blocks` programs each, `most` at once: (first item, grid)."""
     group = max(1, most // blocks)
-    for first in range(0, batch, group):
-        yield first, (min(group, batch - first) * blocks,)
+    for first in range(start, stop, group):
+        yield first, (min(group, stop - first) * blocks,)
 
 
 def classes(entries: tuple[Launch, ...], largest: int):
@@ -216,22 +217,22 @@ def forward(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float) ->
     points_dtype = inputs.primary.dtype
     with on_device(device):
         for entry, lower in classes(table("forward", FORWARD, points_dtype, device), largest):
-            launch_onchip(onchip_forward.onchip_forward_kernel, inputs, arguments, entry, lower)
+            launch_onchip(onchip_forward.onchip_forward_kernel, inputs, arguments, entry, lower, range(inputs.n_pairs))
         limit = onchip_limit(points_dtype)
         if largest > limit:
-            for first, (count,) in grids(inputs.batch, 1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b)):
+            for first, (count,) in grids(inputs.n_pairs, 1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b)):
                 _forward_global(inputs, arguments | {"ONCHIP": limit}, first, count)
     return value, f, g, error, iters
 
 
-def launch_onchip(kernel, inputs: Inputs, arguments: dict, entry: Launch, lower: int) -> None:
+def launch_onchip(kernel, inputs: Inputs, arguments: dict, entry: Launch, lower: int, items: range) -> None:
     """One size class of a kernel that holds the whole cost of an item."""
     through_scratch = entry.part > 0
-    group = min(inputs.batch, SCRATCH_ITEMS) if through_scratch else inputs.batch
+    group = min(len(items), SCRATCH_ITEMS) if through_scratch else max(len(items), 1)
     scratch = arguments["reg_ptr"]
     if through_scratch:
         scratch = torch.empty((group, entry.block, entry.block), dtype=inputs.compute_dtype, device=inputs.device)
-    for first, grid in grids(inputs.batch, 1, group):
+    for first, grid in grids(items.stop, 1, group, items.start):
         kernel[grid](
             **select(arguments, kernel),
             scratch_ptr=scratch,

@@ -16,7 +16,8 @@ def forward(
     inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float, schedule: Schedule | None
 ) -> tuple[Tensor, ...]:
     new = {"dtype": inputs.compute_dtype, "device": inputs.device}
-    value, error, multipliers = (torch.empty(shape, **new) for shape in (inputs.batch, inputs.batch, (inputs.batch, 2)))
+    value, error = torch.empty(inputs.batch, **new), torch.empty(inputs.batch, **new)
+    multipliers = torch.zeros((inputs.batch, 2), **new)
     f, g = torch.zeros(inputs.shape_f, **new), torch.zeros(inputs.shape_g, **new)
     iters = torch.full((inputs.batch,), -1, dtype=torch.int32, device=inputs.device)
     if inputs.batch == 0:
@@ -48,7 +49,8 @@ def forward(
     entries = table("relaxed", launch.RELAXED, inputs.primary.dtype, inputs.device)
     with launch.on_device(inputs.device):
         for entry, lower in launch.classes(entries, largest):
-            launch.launch_onchip(onchip_relaxed.onchip_relaxed_forward_kernel, inputs, arguments, entry, lower)
+            kernel = onchip_relaxed.onchip_relaxed_forward_kernel
+            launch.launch_onchip(kernel, inputs, arguments, entry, lower, range(inputs.n_pairs))
         limit = entries[-1].block
         if largest > limit:
             _forward_global(inputs, arguments | {"ONCHIP": limit}, factor)
@@ -60,7 +62,7 @@ def _forward_global(inputs: Inputs, arguments: dict, factor: float) -> None:
     null = int(inputs.kind == "null")
     weights = {f"{side}_ptr": enlarged_weights(inputs, arguments, side) for side in "ab"}
     most = launch.SCRATCH_ELEMENTS // max(1, (inputs.max_a + null) * (inputs.max_b + null))
-    for first, (count,) in launch.grids(inputs.batch, 1, most):
+    for first, (count,) in launch.grids(inputs.n_pairs, 1, most):
         _solve_group(inputs, arguments | weights | {"first_item": first}, count, factor)
 
 
