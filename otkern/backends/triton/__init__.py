@@ -3,15 +3,17 @@
 Problems of up to 128 x 128 points (64 x 64 in fp64) are solved whole by one program each, larger ones by launches over
 their blocks. Triton is imported with the first call, not before.
 
-    launch.py          the launch table, the grids and the balanced solve; launch_*.py: the other functions
+    launch.py          the launch table, the arguments and the grids; launch_*.py: the host side of each function
     tiles.py           the cost tile that every kernel starts from
     onchip_forward.py  the balanced solve in one launch
     global_forward.py  the same of larger problems
     relaxation.py      what other marginals than balanced ones change about one side
     onchip_relaxed.py  the solve for every kind of marginals, or with a schedule, in one launch
     global_relaxed.py  the same of larger problems
-    onchip_symmetric.py  clouds with themselves, and the annealed loop of GeomLoss, in one launch
-    global_symmetric.py  the same of larger problems
+    log_domain.py      soft minima of a tile, and its plan
+    onchip_self.py     the solve of a cloud with itself, in the launch of either solve
+    onchip_annealed.py the annealed loop of GeomLoss in one launch
+    global_symmetric.py  both of these of larger problems
     plan_products.py   everything that needs the plan: gradients and products
     conjugate_gradients.py  the adjoint of the fixed point
 """
@@ -68,19 +70,14 @@ def forward(
     check: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The values (B,), potentials, multipliers (B, 2), marginal errors (B,) and iteration counts (B,) of the batch."""
-    from . import launch, launch_relaxed, launch_symmetric
+    from . import launch_forward, launch_relaxed
 
     if check:
         check_points(inputs)
     if inputs.kind != "balanced" or (schedule is not None and schedule.eps_start is not None):
-        value, f, g, multipliers, error, iters = launch_relaxed.forward(inputs, g_init, max_iter, tol, schedule)
-    else:
-        value, f, g, error, iters = launch.forward(inputs, g_init, max_iter, tol)
-        multipliers = value.new_zeros(inputs.batch, 2)
-    if inputs.n_pairs < inputs.batch:
-        results = {"value": value, "f": f, "g": g, "error": error, "iters": iters}
-        launch_symmetric.self_forward(inputs, results, max_iter, tol, schedule)
-    return value, f, g, multipliers, error, iters
+        return launch_relaxed.forward(inputs, g_init, max_iter, tol, schedule)
+    value, f, g, error, iters = launch_forward.forward(inputs, g_init, max_iter, tol)
+    return value, f, g, value.new_zeros(inputs.batch, 2), error, iters
 
 
 def symmetric(

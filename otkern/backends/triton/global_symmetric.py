@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .global_forward import sum_of_blocks
-from .onchip_symmetric import self_value
+from .onchip_self import self_value
 from .relaxation import bounded, load_relaxation
 from .tiles import LN_2, LOG2_E, RUNTIME_ONLY, exponent_l2, item_span, load_weights, log2_weights
 

@@ -43,7 +43,7 @@ def implicit(
     with launch.on_device(device):
         for entry, lower in launch.classes(entries, largest):
             kernel = conjugate_gradients.onchip_implicit_kernel
-            launch.launch_onchip(kernel, inputs, arguments, entry, lower, range(inputs.batch))
+            launch.launch_onchip(kernel, inputs, arguments, entry, lower)
         limit = entries[-1].block
         if largest > limit:
             sides = {"a": _Side(f, u_a, given[0], given[2]), "b": _Side(g, u_b, given[1], given[3])}

@@ -6,29 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
-from otkern.problem import KINDS, Inputs, Schedule
+from otkern.problem import Inputs
 
-from . import global_symmetric, launch, onchip_symmetric
+from . import global_symmetric, launch, onchip_annealed
 from .launch import options, select, table
 
 
-def self_forward(
-    inputs: Inputs, results: dict[str, Tensor], max_iter: int, tol: float, schedule: Schedule | None
-) -> None:
-    """Fills in the results of the items that match a cloud with itself."""
-    arguments = _arguments(inputs, schedule.eps_start if schedule else None, schedule.eps_factor if schedule else 1.0)
-    arguments |= {f"{name}_ptr": tensor for name, tensor in results.items()}
-    arguments |= {"max_iter": max_iter, "tol": launch.round_down(tol)}
-    items, entries = range(inputs.n_pairs, inputs.batch), _entries(inputs)
-    with launch.on_device(inputs.device):
-        for entry, lower in launch.classes(entries, inputs.max_a):
-            kernel = onchip_symmetric.onchip_self_forward_kernel
-            launch.launch_onchip(kernel, inputs, arguments, entry, lower, items)
-        limit = entries[-1].block
-        if inputs.max_a > limit:
-            most = launch.SCRATCH_ELEMENTS // (inputs.max_a * inputs.max_b)
-            for first, (count,) in launch.grids(items.stop, 1, most, items.start):
-                _self_global(inputs, arguments | {"ONCHIP": limit, "first_item": first}, count)
+def self_forward(inputs: Inputs, arguments: dict) -> None:
+    """The items that match a cloud with itself and are too large for one program."""
+    if inputs.max_a <= arguments["ONCHIP"]:
+        return
+    most = launch.SCRATCH_ELEMENTS // (inputs.max_a * inputs.max_b)
+    for first, (count,) in launch.grids(inputs.batch, 1, most, inputs.n_pairs):
+        _self_global(inputs, arguments | {"first_item": first}, count)
 
 
 def _self_global(inputs: Inputs, arguments: dict, count: int) -> None:
@@ -66,19 +56,20 @@ def annealed(
     results = {"s_a": s_a, "s_b": s_b, "f": f, "g": g, "r_a": r_a, "r_b": r_b}
     if inputs.batch == 0 or inputs.max_a == 0 or inputs.max_b == 0:
         return tuple(results.values())
-    arguments = _arguments(inputs, eps_start, eps_factor) | {f"{name}_ptr": t for name, t in results.items()}
+    arguments = launch.problem_arguments(inputs) | launch.relaxed_arguments(inputs, eps_start, eps_factor)
+    arguments |= {f"{name}_ptr": tensor for name, tensor in results.items()}
     arguments |= {"n_steps_ptr": n_steps.to(torch.int32).contiguous(), "floor_ptr": torch.full((1,), cost_floor, **new)}
-    entries, largest = _entries(inputs), max(inputs.max_a, inputs.max_b)
-    kernel = onchip_symmetric.onchip_annealed_kernel
+    entries = table("relaxed", launch.RELAXED, inputs.primary.dtype, inputs.device)
+    limit, largest = entries[-1].block, max(inputs.max_a, inputs.max_b)
     with launch.on_device(inputs.device):
-        for same, items in enumerate((range(inputs.n_pairs), range(inputs.n_pairs, inputs.batch))):
-            for entry, lower in launch.classes(entries, largest):
-                launch.launch_onchip(kernel, inputs, arguments | {"SAME": bool(same)}, entry, lower, items)
-            limit = entries[-1].block
-            if largest > limit and items:
-                most = launch.SCRATCH_ELEMENTS // (inputs.max_a * inputs.max_b)
-                for first, (count,) in launch.grids(items.stop, 1, most, items.start):
-                    _annealed_global(inputs, arguments | {"ONCHIP": limit, "first_item": first}, count, bool(same))
+        for entry, lower in launch.classes(entries, largest):
+            launch.launch_onchip(onchip_annealed.onchip_annealed_kernel, inputs, arguments, entry, lower)
+        if largest > limit:
+            most = launch.SCRATCH_ELEMENTS // (inputs.max_a * inputs.max_b)
+            for start, stop in ((0, inputs.n_pairs), (inputs.n_pairs, inputs.batch)):
+                for first, (count,) in launch.grids(stop, 1, most, start):
+                    group = arguments | {"ONCHIP": limit, "first_item": first}
+                    _annealed_global(inputs, group, count, start == inputs.n_pairs)
     return tuple(results.values())
 
 
@@ -135,22 +126,6 @@ def _updates(inputs: Inputs, arguments: dict, count: int):
         kernel[(count * sides[side]["blocks"],)](**({"tol": -1.0} | given), **options(warps))
 
     return update, gap
-
-
-def _arguments(inputs: Inputs, eps_start: Tensor | None, eps_factor: float) -> dict:
-    arguments = launch.problem_arguments(inputs)
-    reg = arguments["reg_ptr"]
-    return arguments | {
-        "relaxation_ptr": reg if inputs.relaxation is None else inputs.relaxation.contiguous(),
-        "eps_start_ptr": reg if eps_start is None else eps_start.to(reg.dtype).contiguous(),
-        # in memory: a scalar argument would be rounded to fp32
-        "eps_factor_ptr": torch.full((1,), eps_factor, dtype=reg.dtype, device=reg.device),
-        "kind": KINDS.index(inputs.kind),
-    }
-
-
-def _entries(inputs: Inputs):
-    return table("relaxed", launch.RELAXED, inputs.primary.dtype, inputs.device)
 
 
 def _buffers(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -33,7 +33,7 @@ SAFE_MAX = tl.constexpr(2.0**80)
 # strides, which decide how wide the loads are.
 RUNTIME_ONLY = (
     *("first_item", "N", "M", "N_out", "N_in", "blocks", "blocks_a", "blocks_b", "parts"),
-    *("K", "k", "max_iter", "tol", "metric", "times_cost"),
+    *("n_pairs", "K", "k", "max_iter", "tol", "metric", "times_cost"),
     *("mode_a", "mode_b", "mode_out", "mode_in", "has_a", "has_b", "has_w_out", "has_w_in", "has_init"),
     *("need_x", "need_marginal", "need_reg", "with_mass", "kind", "entropy", "singular"),
     *("has_v_out", "has_v_in", "has_dense", "has_cost_scale"),
