@@ -7,6 +7,7 @@ import yaml
 
 from training.data import resolve_path
 from training.encoder import UNITS, WORD_VECTORS
+from training.loss import RELAXATIONS
 
 # One stage of the curriculum. Lists of stages in a file are completed with these values.
 STAGE = {
@@ -27,7 +28,9 @@ STAGE = {
     "reg": 0.05,
     "max_iter": 20,
     "tol": None,
+    # What becomes of the marginals, and its number: rho of `unbalanced`, the mass of `partial`, the price of `null_points`.
     "relaxation": "balanced",
+    "relaxation_value": None,
     "debias": True,
     "position_prior": [0.0, 0.0],
     # The weights of the loss's parts.
@@ -88,6 +91,7 @@ CHOICES = {
     "special_tokens": ("drop", "keep"),
     "scope": ("sentence", "batch"),
     "metric": ("cosine", "dot", "sqeuclidean", "euclidean"),
+    "relaxation": tuple(RELAXATIONS),
     "target_gradient": ("live", "detach"),
     "reg_reduction": ("token_mean", "sum", "element_mean"),
 }
@@ -106,7 +110,6 @@ def load_config(path: str | None, overrides: list[str] = ()) -> dict:
 
     Raises:
         ValueError: an unknown key, a value that is not among the choices, or a missing one.
-        NotImplementedError: a relaxation that this release does not have.
     """
     given = yaml.safe_load(Path(resolve_path(path)).read_text(encoding="utf-8")) if path else {}
     config = merge(DEFAULTS, given or {}, "")
@@ -159,7 +162,7 @@ def _existing(place, key: str, name: str):
 
 
 def check(config: dict) -> None:
-    """Raise ValueError or NotImplementedError for values that no run could use; see `load_config`."""
+    """Raise ValueError for values that no run could use; see `load_config`."""
     for key in ("model", "stages", "languages"):
         if not config[key]:
             raise ValueError(f"{key} must be given, but was {config[key]!r}")
@@ -169,15 +172,22 @@ def check(config: dict) -> None:
         for key, choices in CHOICES.items():
             if stage[key] not in choices:
                 raise ValueError(f"stages.{s}.{key} must be one of {choices}, but was {stage[key]!r}")
-        if stage["relaxation"] in ("unbalanced", "partial", "null"):
-            raise NotImplementedError(
-                f"stages.{s}.relaxation {stage['relaxation']!r} comes with a later release of otkern; use 'balanced'"
-            )
-        if stage["relaxation"] != "balanced":
-            raise ValueError(f"stages.{s}.relaxation must be 'balanced', but was {stage['relaxation']!r}")
+        check_relaxation(f"stages.{s}.", stage["relaxation"], stage["relaxation_value"], stage["debias"])
         if stage["scope"] == "batch" and any(stage["position_prior"]):
             raise ValueError(
                 f"stages.{s}.position_prior must be [0, 0] with scope 'batch', where positions mean nothing"
             )
         if not stage["epochs"] > 0 or not stage["reg"] > 0:
             raise ValueError(f"stages.{s}.epochs and reg must be positive, but were {stage['epochs']}, {stage['reg']}")
+
+
+def check_relaxation(prefix: str, relaxation: str, value: float | None, debias: bool) -> None:
+    """Raise ValueError for a relaxation without its number, or one that has no divergence."""
+    if relaxation == "balanced":
+        if value is not None:
+            raise ValueError(f"{prefix}relaxation_value must be null with relaxation 'balanced', but was {value!r}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 or relaxation == "null_points"):
+        raise ValueError(f"{prefix}relaxation_value must be a number with relaxation {relaxation!r}, but was {value!r}")
+    if debias and relaxation != "unbalanced":
+        raise ValueError(f"{prefix}debias must be false with relaxation {relaxation!r}, which has no divergence")

@@ -22,6 +22,8 @@ from training import encoder
 from training.extract import inside, pairwise_cost, position_cost
 from training.metrics import anisotropy
 
+# What the stage option `relaxation` is called in otkern.
+RELAXATIONS = {"balanced": None, "unbalanced": "unbalanced", "partial": "mass", "null_points": "null_cost"}
 REDUCTIONS = ("token_mean", "sum", "element_mean")
 
 
@@ -69,7 +71,7 @@ def solve_pairs(x: Cloud, y: Cloud, options: dict, prior: float = 0.0):
     Args:
         x: source points.
         y: target points.
-        options: `metric`, `reg`, `max_iter`, `tol`.
+        options: `metric`, `reg`, `max_iter`, `tol`, `relaxation`, `relaxation_value`.
         prior: weight of the distance to the diagonal in the cost.
 
     Returns:
@@ -77,6 +79,8 @@ def solve_pairs(x: Cloud, y: Cloud, options: dict, prior: float = 0.0):
     """
     solver = {"reg": options["reg"], "max_iter": options["max_iter"], "tol": options["tol"]}
     solver |= {"lengths_a": x.lengths, "lengths_b": y.lengths}
+    if (argument := RELAXATIONS[options["relaxation"]]) is not None:
+        solver[argument] = options["relaxation_value"]
     if not prior:
         return otkern.solve_sample(x.vectors, y.vectors, metric=options["metric"], **solver)
     shape = x.vectors.shape[1], y.vectors.shape[1]

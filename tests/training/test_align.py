@@ -210,8 +210,22 @@ def test_contrast_against_the_identity_is_cross_entropy(clouds):
     torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.parametrize(("relaxation", "value"), [("unbalanced", 0.5), ("partial", 0.6), ("null_points", 0.1)])
+def test_relaxed_marginals_move_less_mass_in_word_and_position_costs(config_file, clouds, relaxation, value):
+    given = [f"stages.0.relaxation={relaxation}", f"stages.0.relaxation_value={value}", "stages.0.debias=false"]
+    stage = load_config(config_file, [*given, "stages.0.reg=0.1"])["stages"][0]
+    for prior in (0.0, 0.2):
+        masses = loss.solve_pairs(*clouds, stage, prior).plan.sum((1, 2))
+        assert (masses < 0.999).all()
+        if relaxation == "partial":
+            torch.testing.assert_close(masses, torch.full_like(masses, value), atol=1e-4, rtol=0)
+    if relaxation != "unbalanced":
+        with pytest.raises(ValueError, match="debias must be false"):
+            load_config(config_file, [*given, "stages.0.debias=true"])
+
+
 def test_the_debiased_loss_of_a_cloud_with_itself_is_zero(clouds):
-    options = {"metric": "cosine", "reg": 0.1, "max_iter": 200, "tol": None}
+    options = {"metric": "cosine", "reg": 0.1, "max_iter": 200, "tol": None, "relaxation": "balanced"}
     x, _ = clouds
     value = loss.solve_pairs(x, x, options).value - loss.self_transport(x, x, options)
     torch.testing.assert_close(value, torch.zeros(2), atol=1e-5, rtol=0)
@@ -231,7 +245,9 @@ def test_pooling_makes_one_problem_of_all_points(clouds):
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
-        ("stages.0.relaxation=partial", NotImplementedError, "later release"),
+        ("stages.0.relaxation=partial", ValueError, "relaxation_value must be a number"),
+        ("stages.0.relaxation=some", ValueError, "relaxation must be one of"),
+        ("stages.0.relaxation_value=1", ValueError, "relaxation_value must be null"),
         ("stages.0.scope=batch", ValueError, "position_prior"),
         ("stages.0.unit=letter", ValueError, "unit must be one of"),
         ("stages.0.nothing=1", ValueError, "no configuration key"),
