@@ -28,7 +28,7 @@ STAGE = {
     "reg": 0.05,
     "max_iter": 20,
     "tol": None,
-    # What becomes of the marginals, and its number: rho of `unbalanced`, the mass of `partial`, the price of `null_points`.
+    # What becomes of the marginals, and its number: rho of `unbalanced`, mass of `partial`, price of `null_points`.
     "relaxation": "balanced",
     "relaxation_value": None,
     "debias": True,
