@@ -1,0 +1,110 @@
+// The CUDA kernels to Python, in whichever module they are linked into: otkern._native, or otkern._cuda_host where the
+// host executor runs them. Addresses, strides and sizes as in ../bindings.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+namespace otkern {
+namespace cuda {
+namespace bindings {
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+template <class T = void>
+T *pointer(Address address) {
+    return reinterpret_cast<T *>(address);
+}
+
+// What a device allows, or is said to allow, as (shared memory of a block in bytes, blocks of a cluster).
+using GivenLimits = std::pair<int64_t, int>;
+
+inline Limits limits_of(const GivenLimits &given) {
+    Limits limits;
+    limits.shared_bytes = given.first;
+    limits.cluster = given.second;
+    return limits;
+}
+
+inline Stream stream_of(Address handle, int device) {
+    Stream stream;
+    stream.handle = pointer(handle);
+    stream.device = device;
+    return stream;
+}
+
+inline void run_forward(const Problem &problem, Address g_init, Address eps_start, double eps_factor, int64_t max_iter,
+                        double tol, Address value, Address f, Address g, Address multipliers, Address marginal_error,
+                        Address n_iters, bool exact_sizes, bool log_domain_only, const GivenLimits &limits,
+                        Address stream, int device) {
+    ForwardCall call;
+    call.problem = problem;
+    call.g_init = pointer<const void>(g_init);
+    call.eps_start = pointer<const void>(eps_start);
+    call.eps_factor = eps_factor;
+    call.max_iter = max_iter;
+    call.tol = tol;
+    call.value = pointer(value);
+    call.f = pointer(f);
+    call.g = pointer(g);
+    call.multipliers = pointer(multipliers);
+    call.marginal_error = pointer(marginal_error);
+    call.n_iters = pointer<int32_t>(n_iters);
+    forward(call, exact_sizes, log_domain_only, limits_of(limits), stream_of(stream, device));
+}
+
+inline py::dict describe(const SizeClass &size) {
+    py::dict found;
+    found["cluster"] = size.cluster;
+    found["threads"] = size.threads;
+    found["bytes"] = size.bytes;
+    found["keeps_cost"] = size.keeps_cost;
+    return found;
+}
+
+inline void bind(py::module_ &module) {
+    module.def("cuda_forward", &run_forward, py::arg("problem"), py::kw_only(), py::arg("g_init"), py::arg("eps_start"),
+               py::arg("eps_factor"), py::arg("max_iter"), py::arg("tol"), py::arg("value"), py::arg("f"),
+               py::arg("g"), py::arg("multipliers"), py::arg("marginal_error"), py::arg("n_iters"),
+               py::arg("exact_sizes"), py::arg("log_domain_only"), py::arg("limits"), py::arg("stream"),
+               py::arg("device"));
+    module.def(
+        "cuda_forward_classes",
+        [](const GivenLimits &limits) {
+            std::vector<py::dict> classes;
+            for (const SizeClass &size : forward_classes(limits_of(limits))) classes.push_back(describe(size));
+            return classes;
+        },
+        py::arg("limits"), "The size classes of the forward, smallest first.");
+    module.def(
+        "cuda_forward_bytes",
+        [](const GivenLimits &limits, int size_class, bool wide, int64_t n, int64_t m, bool directions) {
+            return forward_bytes(wide, forward_classes(limits_of(limits)).at(size_class), n, m, directions);
+        },
+        py::arg("limits"), py::arg("size_class"), py::arg("wide"), py::arg("n"), py::arg("m"), py::arg("directions"),
+        "Shared memory that an item of n x m takes in a class, null points counted.");
+    module.def(
+        "cuda_forward_class",
+        [](const GivenLimits &limits, bool wide, int64_t n, int64_t m, bool directions) {
+            return forward_class_of(forward_classes(limits_of(limits)), wide, n, m, directions);
+        },
+        py::arg("limits"), py::arg("wide"), py::arg("n"), py::arg("m"), py::arg("directions"),
+        "The number of the class of an item of n x m, -1 if it fits none.");
+    module.def(
+        "cuda_limits",
+        [](int device) {
+            const Limits limits = limits_of_device(device);
+            return GivenLimits(limits.shared_bytes, limits.cluster);
+        },
+        py::arg("device"), "Shared memory of a block in bytes, and blocks of a cluster, of a device.");
+}
+
+}  // namespace bindings
+}  // namespace cuda
+}  // namespace otkern

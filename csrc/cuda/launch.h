@@ -1,0 +1,35 @@
+// Which launch serves an item: size classes, clusters, shared memory. Ordinary C++, the same on host and device.
+//
+// A class is a cluster, a number of threads and an amount of shared memory. An item belongs to the first class whose
+// memory it fits into, which follows from its own sizes: batch mates change neither its class nor its bits. The host,
+// which knows the longest sides only, launches every class that the batch may hold, and in each launch the items of
+// other classes end at once.
+#pragma once
+
+#include <vector>
+
+#include "call.h"
+
+namespace otkern {
+namespace cuda {
+
+// The classes of the forward, smallest first.
+std::vector<SizeClass> forward_classes(const Limits &limits);
+// The shared memory that an item takes in a class, with its null points counted in `n` and `m`.
+int64_t forward_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions);
+// The number of an item's class, -1 if it fits none.
+int forward_class_of(const std::vector<SizeClass> &classes, bool wide, int64_t n, int64_t m, bool directions);
+
+// Rows of the plan that a block makes at once, 0 where not even the fewest fit; their number shows in no bit.
+int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions, bool general);
+int64_t plan_bytes(bool wide, int rows, int64_t m, bool directions, bool general);
+
+// The host executor is taken for a device of compute capability 9.
+Limits limits_of_device(int device);
+
+// Launches; nothing waits for the device. They throw std::runtime_error with the kernel's name and its grid.
+void forward(const ForwardCall &call, bool exact_sizes, bool log_domain_only, const Limits &limits,
+             const Stream &stream);
+
+}  // namespace cuda
+}  // namespace otkern

@@ -1,0 +1,183 @@
+"""The CUDA backend: torch-free kernels (``csrc/cuda``), called with addresses, strides, sizes and a stream.
+
+An item's iterations run on the chip, in one launch: by one block, or by a cluster of up to sixteen whose shared memory
+holds the cost. Its size alone decides which. Nothing here reads device memory or waits for the device. Where there is
+no GPU, the same kernels serve CPU tensors on the host executor, thread by thread, for tests: it is built with
+``OTKERN_BUILD_HOST_EXECUTOR=1`` and used where ``OTKERN_CUDA_EXECUTOR=host`` is set.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from otkern.backends.cpu import _DTYPES, _address, _contiguous, _problem
+from otkern.problem import Inputs, Schedule, check_points
+
+Needs = tuple[bool, bool, bool, bool, bool]
+
+# Never on an absorbed kernel: the iteration that the other one is checked against.
+LOG_DOMAIN_ONLY = False
+
+
+@functools.cache
+def missing(device_type: str) -> str | None:
+    """Why tensors on ``device_type`` cannot be served here, in one sentence; None if they can."""
+    if device_type == "cuda":
+        try:
+            from otkern import _native
+        except ImportError as error:
+            return f"the native module cannot be imported ({error}); reinstall otkern where compilers are found"
+        if not hasattr(_native, "cuda_forward"):
+            return "the native module was built without its CUDA half; reinstall otkern where nvcc is found"
+        return None
+    if device_type != "cpu":
+        return f"the cuda backend takes CUDA tensors, not {device_type} tensors"
+    if os.environ.get("OTKERN_CUDA_EXECUTOR") != "host":
+        return "the cuda backend takes CUDA tensors; on CPU tensors it runs only for tests, on the host executor"
+    try:
+        from otkern import _cuda_host  # noqa: F401
+    except ImportError as error:
+        return f"the host executor cannot be imported ({error}); build it with OTKERN_BUILD_HOST_EXECUTOR=1"
+    return None
+
+
+def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
+    """None if this backend serves the call, else one sentence that says why not."""
+    if (reason := missing(inputs.device.type)) is not None:
+        return reason
+    if inputs.primary.dtype not in _DTYPES:
+        return f"the cuda backend takes float64, float32, bfloat16 and float16, not {inputs.primary.dtype}"
+    if schedule is not None and (schedule.update != "alternating" or schedule.overrelaxation != 1):
+        return "the cuda backend iterates with update='alternating' and overrelaxation=1 only"
+    if _size_class(inputs) < 0:
+        return (
+            f"the cuda backend holds whole problems on the chip, in {str(inputs.compute_dtype).removeprefix('torch.')} "
+            f"up to {_largest_square(inputs)} points a side here, and {inputs.max_a} x {inputs.max_b} do not fit; "
+            "use the triton backend"
+        )
+    return None
+
+
+def regime(inputs: Inputs, schedule: Schedule | None = None) -> str:
+    """What is done with problems of this size, in a sentence."""
+    limits, number = _limits(inputs.device), _size_class(inputs)
+    found = _module(inputs.device).cuda_forward_classes(limits)[number]
+    n, m = _sizes(inputs)
+    used = _module(inputs.device).cuda_forward_bytes(limits, number, *_shape_options(inputs, n, m))
+    blocks = "one block" if found["cluster"] == 1 else f"a cluster of {found['cluster']} blocks"
+    kept = "its cost and its kernel" if found["keeps_cost"] else "its kernel, the cost formed again to absorb anew,"
+    return (
+        f"the largest item, {inputs.max_a} x {inputs.max_b}, whole on the chip by {blocks} of {found['threads']} "
+        f"threads, with {kept} in {used / 1024:.1f} KiB of shared memory each (size class {number}); iterations by "
+        "multiply-adds on exp(-C / reg)"
+    )
+
+
+def _module(device: torch.device) -> ModuleType:
+    if device.type == "cuda":
+        from otkern import _native
+
+        return _native
+    from otkern import _cuda_host
+
+    return _cuda_host
+
+
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Shared memory of a block in bytes, and blocks of a cluster."""
+    return _device_limits(device.type, _index(device))
+
+
+@functools.cache
+def _device_limits(device_type: str, index: int) -> tuple[int, int]:
+    return _module(torch.device(device_type, index)).cuda_limits(index)
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _where(inputs: Inputs) -> dict[str, int]:
+    """Stream and device of a call."""
+    index = _index(inputs.device)
+    stream = torch.cuda.current_stream(index).cuda_stream if inputs.device.type == "cuda" else 0
+    return {"stream": stream, "device": index}
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int]:
+    """The longest sides, null points counted."""
+    null = inputs.kind == "null"
+    return inputs.max_a + null, inputs.max_b + null
+
+
+def _shape_options(inputs: Inputs, n: int, m: int) -> tuple[bool, int, int, bool]:
+    return inputs.compute_dtype == torch.float64, n, m, inputs.metric == "cosine"
+
+
+def _size_class(inputs: Inputs) -> int:
+    """The number of the class of the largest item, -1 where none holds it."""
+    return _module(inputs.device).cuda_forward_class(_limits(inputs.device), *_shape_options(inputs, *_sizes(inputs)))
+
+
+def _largest_square(inputs: Inputs) -> int:
+    module, limits = _module(inputs.device), _limits(inputs.device)
+    low, high = 1, 1 << 16
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = module.cuda_forward_class(limits, *_shape_options(inputs, middle, middle)) >= 0
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def forward(
+    inputs: Inputs,
+    g_init: Tensor | None,
+    max_iter: int,
+    tol: float,
+    schedule: Schedule | None = None,
+    check: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sinkhorn iterations; the values, potentials, multipliers, marginal errors and iteration counts of the batch."""
+    if check:
+        check_points(inputs)
+    problem, alive = _problem(inputs)
+    g_init = _contiguous(g_init)
+    schedule = schedule or Schedule()
+    eps_start = _contiguous(schedule.eps_start)
+    value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
+    f, g = _new(inputs, inputs.shape_f), _new(inputs, inputs.shape_g)
+    multipliers = alive.reg.new_empty((inputs.batch, 2))
+    n_iters = torch.empty(inputs.batch, dtype=torch.int32, device=inputs.device)
+    _module(inputs.device).cuda_forward(
+        problem,
+        g_init=_address(g_init),
+        eps_start=_address(eps_start),
+        eps_factor=schedule.eps_factor,
+        max_iter=max_iter,
+        tol=tol,
+        value=value.data_ptr(),
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        multipliers=multipliers.data_ptr(),
+        marginal_error=marginal_error.data_ptr(),
+        n_iters=n_iters.data_ptr(),
+        # Without lengths every item has the longest sides, and one launch serves them all.
+        exact_sizes=not inputs.packed and inputs.lengths_a is None and inputs.lengths_b is None,
+        log_domain_only=LOG_DOMAIN_ONLY,
+        limits=_limits(inputs.device),
+        **_where(inputs),
+    )
+    return value, f, g, multipliers, marginal_error, n_iters
+
+
+def _new(inputs: Inputs, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that the kernels fill, padding included; zeros where packed offsets may leave rows to no item."""
+    new = torch.zeros if inputs.packed else torch.empty
+    return new(shape, dtype=inputs.compute_dtype if dtype is None else dtype, device=inputs.device)
