@@ -59,6 +59,59 @@ inline void run_forward(const Problem &problem, Address g_init, Address eps_star
     forward(call, exact_sizes, log_domain_only, limits_of(limits), stream_of(stream, device));
 }
 
+inline void run_plan_sums(BackwardCall &call, const Problem &problem, Address f, Address g, Address dx_a, Address dx_b,
+                          Address dcost, Address sum_a, Address sum_b, Address sum_reg, Address terms_reg,
+                          const GivenLimits &limits, Address stream, int device) {
+    call.problem = problem;
+    call.f = pointer<const void>(f);
+    call.g = pointer<const void>(g);
+    call.dx_a = pointer(dx_a);
+    call.dx_b = pointer(dx_b);
+    call.dcost = pointer(dcost);
+    call.sum_a = pointer(sum_a);
+    call.sum_b = pointer(sum_b);
+    call.sum_reg = pointer(sum_reg);
+    backward(call, pointer(terms_reg), limits_of(limits), stream_of(stream, device));
+}
+
+inline void run_backward(const Problem &problem, Address f, Address g, Address dvalue, Address dx_a, Address dx_b,
+                         Address dcost, Address ratio_a, Address ratio_b, Address entropy, Address terms_reg,
+                         const GivenLimits &limits, Address stream, int device) {
+    BackwardCall call;
+    call.dvalue = pointer<const void>(dvalue);
+    run_plan_sums(call, problem, f, g, dx_a, dx_b, dcost, ratio_a, ratio_b, entropy, terms_reg, limits, stream, device);
+}
+
+inline void run_plan_backward(const Problem &problem, Address f, Address g, Address scale, Address cost_scale,
+                              Address dense, Address row, Address col, Address dx_a, Address dx_b, Address dcost,
+                              Address sum_a, Address sum_b, Address sum_reg, Address terms_reg,
+                              const GivenLimits &limits, Address stream, int device) {
+    BackwardCall call;
+    call.scale = pointer<const void>(scale);
+    call.cost_scale = pointer<const void>(cost_scale);
+    call.dense = pointer<const void>(dense);
+    call.row = pointer<const void>(row);
+    call.col = pointer<const void>(col);
+    run_plan_sums(call, problem, f, g, dx_a, dx_b, dcost, sum_a, sum_b, sum_reg, terms_reg, limits, stream, device);
+}
+
+// Products with `v`, or the plan itself where `plan` is given.
+inline void run_apply(const Problem &problem, Address f, Address g, Address v, Address out, Address plan,
+                      int64_t channels, bool transpose, bool times_cost, const GivenLimits &limits, Address stream,
+                      int device) {
+    ApplyCall call;
+    call.problem = problem;
+    call.f = pointer<const void>(f);
+    call.g = pointer<const void>(g);
+    call.v = pointer<const void>(v);
+    call.out = pointer(out);
+    call.plan = pointer(plan);
+    call.channels = channels;
+    call.transpose = transpose;
+    call.times_cost = times_cost;
+    apply(call, limits_of(limits), stream_of(stream, device));
+}
+
 inline py::dict describe(const SizeClass &size) {
     py::dict found;
     found["cluster"] = size.cluster;
@@ -74,6 +127,25 @@ inline void bind(py::module_ &module) {
                py::arg("g"), py::arg("multipliers"), py::arg("marginal_error"), py::arg("n_iters"),
                py::arg("exact_sizes"), py::arg("log_domain_only"), py::arg("limits"), py::arg("stream"),
                py::arg("device"));
+    module.def("cuda_backward", &run_backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
+               py::arg("dvalue"), py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("ratio_a"),
+               py::arg("ratio_b"), py::arg("entropy"), py::arg("terms_reg"), py::arg("limits"), py::arg("stream"),
+               py::arg("device"));
+    module.def("cuda_plan_backward", &run_plan_backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
+               py::arg("scale"), py::arg("cost_scale"), py::arg("dense"), py::arg("row"), py::arg("col"),
+               py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("sum_a"), py::arg("sum_b"),
+               py::arg("sum_reg"), py::arg("terms_reg"), py::arg("limits"), py::arg("stream"), py::arg("device"));
+    module.def("cuda_apply", &run_apply, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("v"),
+               py::arg("out"), py::arg("plan"), py::arg("channels"), py::arg("transpose"), py::arg("times_cost"),
+               py::arg("limits"), py::arg("stream"), py::arg("device"));
+    module.def(
+        "cuda_plan_rows",
+        [](const GivenLimits &limits, bool wide, int64_t m, bool directions) {
+            const int rows = plan_rows(limits_of(limits), wide, m, directions);
+            return std::make_pair(rows, rows ? plan_bytes(wide, rows, m, directions) : 0);
+        },
+        py::arg("limits"), py::arg("wide"), py::arg("m"), py::arg("directions"),
+        "Rows of the plan of m columns that a block makes at once, 0 where none fit, and the bytes they take.");
     module.def(
         "cuda_forward_classes",
         [](const GivenLimits &limits) {

@@ -39,5 +39,26 @@ struct ForwardArguments {
     bool log_domain_only = false;  // never on an absorbed kernel: what that is checked against
 };
 
+// Rows of the plan of side a. Those of side b are the same with the sides of the problem exchanged.
+struct PlanArguments {
+    Problem problem;
+    const void *f = nullptr, *g = nullptr;  // of the rows, of the columns
+    // The weights of BackwardCall, of rows and columns alike; strides of `dense` within an item.
+    const void *dvalue = nullptr;
+    const void *scale = nullptr, *cost_scale = nullptr, *dense = nullptr, *row = nullptr, *col = nullptr;
+    int64_t dense_row = 0, dense_col = 0;
+    // Of the rows: gradients of the points, sums (ratios where no `scale` is given), terms of the sum for reg.
+    void *dx = nullptr, *sums = nullptr, *terms = nullptr;
+    void *dcost = nullptr;  // (batch, max_a, max_b)
+    // Products instead: out_i = sum_j P_ij v_j; or the plan itself.
+    const void *v = nullptr;
+    void *out = nullptr, *plan = nullptr;
+    int64_t channels = 0;
+    bool times_cost = false;
+    int rows = 0;            // that a block makes
+    int64_t tiles = 0;       // of so many rows, of an item
+    int64_t first_tile = 0;  // of the launch, counted over the batch
+};
+
 }  // namespace cuda
 }  // namespace otkern

@@ -140,9 +140,6 @@ OTKERN_KERNEL sinkhorn_forward_kernel(OTKERN_ARGUMENT ForwardArguments arguments
     write_results(call, item, solver);
 }
 
-// The most blocks of one launch; a larger batch takes several.
-constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
-
 }  // namespace
 
 Limits limits_of_device(int device) { return device_limits(device); }

@@ -28,5 +28,30 @@ int forward_class_of(const std::vector<SizeClass> &classes, bool wide, int64_t n
     return -1;
 }
 
+int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions) {
+    for (int rows = 32; rows >= 8; rows /= 2)
+        if (plan_bytes(wide, rows, m, directions) <= limits.shared_bytes) return rows;
+    return 0;
+}
+
+Problem exchanged(const Problem &p) {
+    Problem other = p;
+    other.max_a = p.max_b;
+    other.max_b = p.max_a;
+    other.total_a = p.total_b;
+    other.total_b = p.total_a;
+    other.x_a = p.x_b;
+    other.x_b = p.x_a;
+    other.cost.stride_row = p.cost.stride_col;
+    other.cost.stride_col = p.cost.stride_row;
+    other.a = p.b;
+    other.b = p.a;
+    other.lengths_a = p.lengths_b;
+    other.lengths_b = p.lengths_a;
+    other.cu_seqlens_a = p.cu_seqlens_b;
+    other.cu_seqlens_b = p.cu_seqlens_a;
+    return other;
+}
+
 }  // namespace cuda
 }  // namespace otkern

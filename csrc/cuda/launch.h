@@ -20,16 +20,26 @@ int64_t forward_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bo
 // The number of an item's class, -1 if it fits none.
 int forward_class_of(const std::vector<SizeClass> &classes, bool wide, int64_t n, int64_t m, bool directions);
 
-// Rows of the plan that a block makes at once, 0 where not even the fewest fit; their number shows in no bit.
-int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions, bool general);
-int64_t plan_bytes(bool wide, int rows, int64_t m, bool directions, bool general);
+// Rows of the plan that a block makes at once, 0 where not even the fewest fit. Their number shows in no bit.
+int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions);
+int64_t plan_bytes(bool wide, int rows, int64_t m, bool directions);
+
+// The same problem with its sides exchanged.
+Problem exchanged(const Problem &problem);
 
 // The host executor is taken for a device of compute capability 9.
 Limits limits_of_device(int device);
 
+// The most blocks of one launch; a larger batch takes several.
+constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+
 // Launches; nothing waits for the device. They throw std::runtime_error with the kernel's name and its grid.
 void forward(const ForwardCall &call, bool exact_sizes, bool log_domain_only, const Limits &limits,
              const Stream &stream);
+
+// `terms_reg` (like f) is memory for the terms of sum_reg.
+void backward(const BackwardCall &call, void *terms_reg, const Limits &limits, const Stream &stream);
+void apply(const ApplyCall &call, const Limits &limits, const Stream &stream);
 
 }  // namespace cuda
 }  // namespace otkern

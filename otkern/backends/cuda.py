@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from otkern.backends.cpu import _DTYPES, _address, _contiguous, _problem
-from otkern.problem import Inputs, Schedule, check_points
+from otkern.problem import Inputs, PlanWeights, Schedule, check_points
 
 Needs = tuple[bool, bool, bool, bool, bool]
 
@@ -175,6 +175,130 @@ def forward(
         **_where(inputs),
     )
     return value, f, g, multipliers, marginal_error, n_iters
+
+
+def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    """(dx_a, dx_b, dcost) at fixed potentials, times dvalue, and (ratio_a, ratio_b, entropy), not times dvalue.
+
+    None where not needed; where dvalue is 0, everything is.
+    """
+    problem, alive = _problem(inputs)
+    f, g, dvalue = f.contiguous(), g.contiguous(), dvalue.contiguous()
+    grads, terms = _gradients(inputs, needs), _terms(inputs, needs)
+    names = ("dx_a", "dx_b", "dcost", "ratio_a", "ratio_b", "entropy")
+    _module(inputs.device).cuda_backward(
+        problem,
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        dvalue=dvalue.data_ptr(),
+        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
+        terms_reg=_address(terms),
+        limits=_limits(inputs.device),
+        **_where(inputs),
+    )
+    del alive
+    return grads
+
+
+def plan_backward(
+    inputs: Inputs, f: Tensor, g: Tensor, weights: PlanWeights, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """(dx_a, dx_b, dcost, sum_a, sum_b, sum_reg): sums over the plan with given weights; None where not needed."""
+    problem, alive = _problem(inputs)
+    f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(_contiguous, weights))
+    grads, terms = _gradients(inputs, needs), _terms(inputs, needs)
+    names = ("dx_a", "dx_b", "dcost", "sum_a", "sum_b", "sum_reg")
+    _module(inputs.device).cuda_plan_backward(
+        problem,
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        **{name: _address(weight) for name, weight in weights._asdict().items()},
+        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
+        terms_reg=_address(terms),
+        limits=_limits(inputs.device),
+        **_where(inputs),
+    )
+    del alive
+    return grads
+
+
+def _gradients(inputs: Inputs, needs: Needs) -> tuple[Tensor | None, ...]:
+    """Memory for what `backward` and `plan_backward` return."""
+    needs_a, needs_b, needs_cost, needs_sums, needs_reg = needs
+    dtype = inputs.primary.dtype
+    return (
+        _new(inputs, inputs.x_a.shape, dtype) if needs_a else None,
+        _new(inputs, inputs.x_b.shape, dtype) if needs_b else None,
+        _new(inputs, inputs.cost.shape, dtype) if needs_cost else None,
+        _new(inputs, inputs.shape_f) if needs_sums else None,
+        _new(inputs, inputs.shape_g) if needs_sums else None,
+        inputs.reg.new_empty(inputs.batch) if needs_reg else None,
+    )
+
+
+def _terms(inputs: Inputs, needs: Needs) -> Tensor | None:
+    """Scratch for the rows' terms of the sum for reg."""
+    return _new(inputs, inputs.shape_f) if needs[4] else None
+
+
+def implicit(inputs: Inputs, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Not there yet.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "the cuda backend has no implicit differentiation yet: gradients of plans, potentials and linear values need "
+        "backend='triton', or grad='detach'"
+    )
+
+
+def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
+    """P @ v, P^T @ v, or with ``times_cost`` the same with P * C; v and the result have the compute dtype."""
+    problem, alive = _problem(inputs)
+    f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
+    shape = inputs.shape_g if transpose else inputs.shape_f
+    out = _new(inputs, (*shape, v.shape[-1]))
+    _apply(inputs, problem, f, g, v=v, out=out, channels=v.shape[-1], transpose=transpose, times_cost=times_cost)
+    del alive
+    return out
+
+
+def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
+    """The dense plans (B, max_a, max_b), 0 in the padding."""
+    problem, alive = _problem(inputs)
+    f, g = f.contiguous(), g.contiguous()
+    out = torch.zeros((inputs.batch, inputs.max_a, inputs.max_b), dtype=inputs.compute_dtype, device=inputs.device)
+    _apply(inputs, problem, f, g, plan=out)
+    del alive
+    return out
+
+
+def _apply(
+    inputs: Inputs,
+    problem,
+    f: Tensor,
+    g: Tensor,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
+    plan: Tensor | None = None,
+    channels: int = 0,
+    transpose: bool = False,
+    times_cost: bool = False,
+) -> None:
+    _module(inputs.device).cuda_apply(
+        problem,
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        v=_address(v),
+        out=_address(out),
+        plan=_address(plan),
+        channels=channels,
+        transpose=transpose,
+        times_cost=times_cost,
+        limits=_limits(inputs.device),
+        **_where(inputs),
+    )
 
 
 def _new(inputs: Inputs, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
