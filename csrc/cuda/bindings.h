@@ -95,6 +95,30 @@ inline void run_plan_backward(const Problem &problem, Address f, Address g, Addr
     run_plan_sums(call, problem, f, g, dx_a, dx_b, dcost, sum_a, sum_b, sum_reg, terms_reg, limits, stream, device);
 }
 
+inline void run_implicit(const Problem &problem, Address f, Address g, Address slope_a, Address slope_b,
+                         Address extra_a, Address extra_b, Address u_a, Address u_b, bool singular, double tol,
+                         int64_t max_iter, Address p, Address q, Address residual, Address n_iters, bool exact_sizes,
+                         const GivenLimits &limits, Address stream, int device) {
+    ImplicitCall call;
+    call.problem = problem;
+    call.f = pointer<const void>(f);
+    call.g = pointer<const void>(g);
+    call.slope_a = pointer<const void>(slope_a);
+    call.slope_b = pointer<const void>(slope_b);
+    call.extra_a = pointer<const void>(extra_a);
+    call.extra_b = pointer<const void>(extra_b);
+    call.u_a = pointer<const void>(u_a);
+    call.u_b = pointer<const void>(u_b);
+    call.singular = singular;
+    call.tol = tol;
+    call.max_iter = max_iter;
+    call.p = pointer(p);
+    call.q = pointer(q);
+    call.residual = pointer(residual);
+    call.n_iters = pointer<int32_t>(n_iters);
+    implicit(call, exact_sizes, limits_of(limits), stream_of(stream, device));
+}
+
 // Products with `v`, or the plan itself where `plan` is given.
 inline void run_apply(const Problem &problem, Address f, Address g, Address v, Address out, Address plan,
                       int64_t channels, bool transpose, bool times_cost, const GivenLimits &limits, Address stream,
@@ -110,6 +134,10 @@ inline void run_apply(const Problem &problem, Address f, Address g, Address v, A
     call.transpose = transpose;
     call.times_cost = times_cost;
     apply(call, limits_of(limits), stream_of(stream, device));
+}
+
+inline std::vector<SizeClass> classes_of(const std::string &kernel, const GivenLimits &limits) {
+    return (kernel == "forward" ? forward_classes : implicit_classes)(limits_of(limits));
 }
 
 inline py::dict describe(const SizeClass &size) {
@@ -135,6 +163,11 @@ inline void bind(py::module_ &module) {
                py::arg("scale"), py::arg("cost_scale"), py::arg("dense"), py::arg("row"), py::arg("col"),
                py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("sum_a"), py::arg("sum_b"),
                py::arg("sum_reg"), py::arg("terms_reg"), py::arg("limits"), py::arg("stream"), py::arg("device"));
+    module.def("cuda_implicit", &run_implicit, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
+               py::arg("slope_a"), py::arg("slope_b"), py::arg("extra_a"), py::arg("extra_b"), py::arg("u_a"),
+               py::arg("u_b"), py::arg("singular"), py::arg("tol"), py::arg("max_iter"), py::arg("p"), py::arg("q"),
+               py::arg("residual"), py::arg("n_iters"), py::arg("exact_sizes"), py::arg("limits"), py::arg("stream"),
+               py::arg("device"));
     module.def("cuda_apply", &run_apply, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"), py::arg("v"),
                py::arg("out"), py::arg("plan"), py::arg("channels"), py::arg("transpose"), py::arg("times_cost"),
                py::arg("limits"), py::arg("stream"), py::arg("device"));
@@ -147,27 +180,22 @@ inline void bind(py::module_ &module) {
         py::arg("limits"), py::arg("wide"), py::arg("m"), py::arg("directions"),
         "Rows of the plan of m columns that a block makes at once, 0 where none fit, and the bytes they take.");
     module.def(
-        "cuda_forward_classes",
-        [](const GivenLimits &limits) {
+        "cuda_classes",
+        [](const std::string &kernel, const GivenLimits &limits) {
             std::vector<py::dict> classes;
-            for (const SizeClass &size : forward_classes(limits_of(limits))) classes.push_back(describe(size));
+            for (const SizeClass &size : classes_of(kernel, limits)) classes.push_back(describe(size));
             return classes;
         },
-        py::arg("limits"), "The size classes of the forward, smallest first.");
+        py::arg("kernel"), py::arg("limits"), "The size classes of 'forward' or 'implicit', smallest first.");
     module.def(
-        "cuda_forward_bytes",
-        [](const GivenLimits &limits, int size_class, bool wide, int64_t n, int64_t m, bool directions) {
-            return forward_bytes(wide, forward_classes(limits_of(limits)).at(size_class), n, m, directions);
+        "cuda_bytes",
+        [](const std::string &kernel, const GivenLimits &limits, int number, bool wide, int64_t n, int64_t m,
+           bool directions) {
+            const SizeClass size = classes_of(kernel, limits).at(number);
+            return (kernel == "forward" ? forward_bytes : implicit_bytes)(wide, size, n, m, directions);
         },
-        py::arg("limits"), py::arg("size_class"), py::arg("wide"), py::arg("n"), py::arg("m"), py::arg("directions"),
-        "Shared memory that an item of n x m takes in a class, null points counted.");
-    module.def(
-        "cuda_forward_class",
-        [](const GivenLimits &limits, bool wide, int64_t n, int64_t m, bool directions) {
-            return forward_class_of(forward_classes(limits_of(limits)), wide, n, m, directions);
-        },
-        py::arg("limits"), py::arg("wide"), py::arg("n"), py::arg("m"), py::arg("directions"),
-        "The number of the class of an item of n x m, -1 if it fits none.");
+        py::arg("kernel"), py::arg("limits"), py::arg("number"), py::arg("wide"), py::arg("n"), py::arg("m"),
+        py::arg("directions"), "Shared memory that an item of n x m takes in a class, null points counted.");
     module.def(
         "cuda_limits",
         [](int device) {

@@ -1,8 +1,6 @@
 // Forward of one item by one cluster: cost, iterations, gauge, value; one launch for each size class.
-#include <stdexcept>
-
+#include "classes.h"
 #include "kernel_domain.h"
-#include "launch.h"
 #include "log_domain.h"
 
 namespace otkern {
@@ -110,22 +108,15 @@ OTKERN_BOTH int64_t bytes_of(const SizeClass &size, int64_t n, int64_t m, bool d
     return carver.used;
 }
 
-// Whether this launch's class is the first that the item fits into. Nothing but its sizes counts, and an item with an
-// empty side is of the first class.
-template <class T>
-OTKERN_DEVICE bool is_of_class(const ForwardArguments &arguments, const Item<T> &item) {
-    const bool directions = arguments.call.problem.metric == Metric::cosine, first = arguments.smaller.threads == 0;
-    if (item.n == 0 || item.m == 0) return first;
-    return bytes_of<T>(arguments.size, item.n, item.m, directions) <= arguments.size.bytes &&
-           (first || bytes_of<T>(arguments.smaller, item.n, item.m, directions) > arguments.smaller.bytes);
-}
-
 template <class T>
 OTKERN_KERNEL sinkhorn_forward_kernel(OTKERN_ARGUMENT ForwardArguments arguments) {
     const ForwardCall &call = arguments.call;
     const int64_t index = arguments.first_item + block_index() / arguments.size.cluster;
     const Item<T> item(call.problem, index, call.problem.kind == Kind::null);
-    if (!is_of_class(arguments, item)) return;
+    if (!is_of_class(arguments, item, [&](const SizeClass &size, int64_t n, int64_t m) {
+            return bytes_of<T>(size, n, m, call.problem.metric == Metric::cosine);
+        }))
+        return;
     Carver carver;
     carver.base = shared_memory();
     if (item.n == 0 || item.m == 0) {
@@ -152,32 +143,18 @@ void forward(const ForwardCall &call, bool exact_sizes, bool log_domain_only, co
              const Stream &stream) {
     const Problem &p = call.problem;
     const bool wide = p.dtype == Dtype::f64, directions = p.metric == Metric::cosine, null = p.kind == Kind::null;
-    const int64_t n = p.max_a + null, m = p.max_b + null;
-    const std::vector<SizeClass> classes = forward_classes(limits);
-    const int largest = forward_class_of(classes, wide, n, m, directions);
-    if (largest < 0) throw std::runtime_error("sinkhorn_forward_kernel: no class holds items of this size");
-    for (int k = exact_sizes ? largest : 0; k <= largest; ++k) {
-        ForwardArguments arguments;
-        arguments.call = call;
-        arguments.size = classes[k];
-        if (k > 0) arguments.smaller = classes[k - 1];
-        arguments.log_domain_only = log_domain_only;
-        // No more than the longest sides can need: that leaves room for other blocks, and the class as it is.
-        const int64_t most = forward_bytes(wide, classes[k], maximum<int64_t>(n, 1), maximum<int64_t>(m, 1), directions);
-        const int64_t items = kMostBlocks / classes[k].cluster;
-        for (int64_t first = 0; first < p.batch; first += items) {
-            arguments.first_item = first;
-            Grid grid;
-            grid.cluster = classes[k].cluster;
-            grid.blocks = minimum(items, p.batch - first) * grid.cluster;
-            grid.threads = classes[k].threads;
-            grid.shared_bytes = minimum(most, classes[k].bytes);
+    ForwardArguments arguments;
+    arguments.call = call;
+    arguments.log_domain_only = log_domain_only;
+    launch_classes(
+        "sinkhorn_forward_kernel", arguments, forward_classes(limits), p.max_a + null, p.max_b + null, exact_sizes,
+        [&](const SizeClass &size, int64_t n, int64_t m) { return forward_bytes(wide, size, n, m, directions); },
+        [&](const ForwardArguments &part, const Grid &grid) {
             if (wide)
-                launch("sinkhorn_forward_kernel<double>", sinkhorn_forward_kernel<double>, grid, arguments, stream);
+                launch("sinkhorn_forward_kernel<double>", sinkhorn_forward_kernel<double>, grid, part, stream);
             else
-                launch("sinkhorn_forward_kernel<float>", sinkhorn_forward_kernel<float>, grid, arguments, stream);
-        }
-    }
+                launch("sinkhorn_forward_kernel<float>", sinkhorn_forward_kernel<float>, grid, part, stream);
+        });
 }
 
 }  // namespace cuda

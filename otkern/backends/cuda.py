@@ -65,10 +65,9 @@ def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
 
 def regime(inputs: Inputs, schedule: Schedule | None = None) -> str:
     """What is done with problems of this size, in a sentence."""
-    limits, number = _limits(inputs.device), _size_class(inputs)
-    found = _module(inputs.device).cuda_forward_classes(limits)[number]
-    n, m = _sizes(inputs)
-    used = _module(inputs.device).cuda_forward_bytes(limits, number, *_shape_options(inputs, n, m))
+    number = _size_class(inputs)
+    found = _classes(inputs)[number]
+    used = _bytes(inputs, number, *_sizes(inputs))
     blocks = "one block" if found["cluster"] == 1 else f"a cluster of {found['cluster']} blocks"
     kept = "its cost and its kernel" if found["keeps_cost"] else "its kernel, the cost formed again to absorb anew,"
     return (
@@ -111,28 +110,43 @@ def _where(inputs: Inputs) -> dict[str, int]:
     return {"stream": stream, "device": index}
 
 
+def _exact(inputs: Inputs) -> bool:
+    """Whether every item has the longest sides, so that one launch serves them all."""
+    return not inputs.packed and inputs.lengths_a is None and inputs.lengths_b is None
+
+
 def _sizes(inputs: Inputs) -> tuple[int, int]:
     """The longest sides, null points counted."""
     null = inputs.kind == "null"
     return inputs.max_a + null, inputs.max_b + null
 
 
-def _shape_options(inputs: Inputs, n: int, m: int) -> tuple[bool, int, int, bool]:
-    return inputs.compute_dtype == torch.float64, n, m, inputs.metric == "cosine"
+def _classes(inputs: Inputs) -> list[dict]:
+    """The size classes of the forward, smallest first."""
+    return _module(inputs.device).cuda_classes("forward", _limits(inputs.device))
+
+
+def _bytes(inputs: Inputs, number: int, n: int, m: int) -> int:
+    """Shared memory that an item of n x m takes in a size class."""
+    wide, directions = inputs.compute_dtype == torch.float64, inputs.metric == "cosine"
+    return _module(inputs.device).cuda_bytes("forward", _limits(inputs.device), number, wide, n, m, directions)
 
 
 def _size_class(inputs: Inputs) -> int:
     """The number of the class of the largest item, -1 where none holds it."""
-    return _module(inputs.device).cuda_forward_class(_limits(inputs.device), *_shape_options(inputs, *_sizes(inputs)))
+    n, m = _sizes(inputs)
+    if n == 0 or m == 0:
+        return 0
+    classes = enumerate(_classes(inputs))
+    return next((number for number, found in classes if _bytes(inputs, number, n, m) <= found["bytes"]), -1)
 
 
 def _largest_square(inputs: Inputs) -> int:
-    module, limits = _module(inputs.device), _limits(inputs.device)
+    number, limit = len(_classes(inputs)) - 1, _classes(inputs)[-1]["bytes"]
     low, high = 1, 1 << 16
     while high - low > 1:
         middle = (low + high) // 2
-        fits = module.cuda_forward_class(limits, *_shape_options(inputs, middle, middle)) >= 0
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if _bytes(inputs, number, middle, middle) <= limit else (low, middle)
     return low
 
 
@@ -168,8 +182,7 @@ def forward(
         multipliers=multipliers.data_ptr(),
         marginal_error=marginal_error.data_ptr(),
         n_iters=n_iters.data_ptr(),
-        # Without lengths every item has the longest sides, and one launch serves them all.
-        exact_sizes=not inputs.packed and inputs.lengths_a is None and inputs.lengths_b is None,
+        exact_sizes=_exact(inputs),
         log_domain_only=LOG_DOMAIN_ONLY,
         limits=_limits(inputs.device),
         **_where(inputs),
@@ -241,16 +254,43 @@ def _terms(inputs: Inputs, needs: Needs) -> Tensor | None:
     return _new(inputs, inputs.shape_f) if needs[4] else None
 
 
-def implicit(inputs: Inputs, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Not there yet.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
-        "the cuda backend has no implicit differentiation yet: gradients of plans, potentials and linear values need "
-        "backend='triton', or grad='detach'"
+def implicit(
+    inputs: Inputs,
+    f: Tensor,
+    g: Tensor,
+    slope_a: Tensor | None,
+    slope_b: Tensor | None,
+    extra_a: Tensor | None,
+    extra_b: Tensor | None,
+    u_a: Tensor,
+    u_b: Tensor,
+    singular: bool,
+    tol: float,
+    max_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The adjoint of the fixed point: p, q, the relative residuals and the iterations of conjugate gradients."""
+    problem, alive = _problem(inputs)
+    vectors = {"f": f, "g": g, "slope_a": slope_a, "slope_b": slope_b}
+    vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
+    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
+    p, q = _new(inputs, inputs.shape_f), _new(inputs, inputs.shape_g)
+    residual = torch.empty_like(alive.reg)
+    n_iters = torch.empty(inputs.batch, dtype=torch.int32, device=inputs.device)
+    _module(inputs.device).cuda_implicit(
+        problem,
+        **{name: _address(vector) for name, vector in vectors.items()},
+        singular=singular,
+        tol=tol,
+        max_iter=max_iter,
+        p=p.data_ptr(),
+        q=q.data_ptr(),
+        residual=residual.data_ptr(),
+        n_iters=n_iters.data_ptr(),
+        exact_sizes=_exact(inputs),
+        limits=_limits(inputs.device),
+        **_where(inputs),
     )
+    return p, q, residual, n_iters
 
 
 def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
