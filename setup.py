@@ -205,7 +205,7 @@ class BuildNative(build_ext):
             run(None)
             say(f"built the CUDA kernels for the host executor with {compiler[0]}, because it was asked for")
             return
-        without = "no CUDA half because " + ("only the C++ half was asked for" if build_mode() == "cpu" else "no nvcc was found")
+        reason = "only the C++ half was asked for" if build_mode() == "cpu" else "no nvcc was found"
         if nvcc is not None:
             try:
                 run(nvcc)
@@ -214,17 +214,18 @@ class BuildNative(build_ext):
             except subprocess.CalledProcessError as error:
                 if build_mode() == "cuda":
                     raise
-                without = f"no CUDA half because the build with {nvcc} failed: {error}"
+                reason = f"the build with {nvcc} failed: {error}"
         run(None)
-        say(f"built the C++ half with {compiler[0]}, and {without}")
+        say(f"built the C++ half with {compiler[0]}, and no CUDA half because {reason}")
 
 
 class BuildPython(build_py):
     def run(self) -> None:
         if getattr(self, "editable_mode", False) and build_mode() == "python":
             # The module of an earlier in-place build would still be imported.
-            for stale in (ROOT / "otkern").glob("_native*.so"):
-                stale.unlink()
+            for name in ("_native", "_cuda_host"):
+                for stale in (ROOT / "otkern").glob(f"{name}*.so"):
+                    stale.unlink()
         super().run()
 
 

@@ -1,7 +1,8 @@
 // Backward: tiles of plan rows, their products with the points, the metric's derivative, sums over the plan.
 //
 // The gradient of the cost is W (cpu/call.h): dvalue P for the value (envelope theorem), or weights that the caller
-// gives. Everything else follows from it. For the value, sums are formed for dvalue = 1 and scaled when they are written.
+// gives. Everything else follows from it. For the value, sums are formed for dvalue = 1 and scaled when they are
+// written.
 #include <stdexcept>
 
 #include "launch.h"
@@ -152,14 +153,12 @@ PlanArguments columns_of(const BackwardCall &call) {
 }
 
 void launch_backward(const PlanArguments &arguments, const Limits &limits, const Stream &stream) {
-    launch_plan(
-        arguments, limits,
-        [&](const PlanArguments &part, const Grid &grid) {
-            if (part.problem.dtype == Dtype::f64)
-                launch("plan_backward_kernel<double>", plan_backward_kernel<double>, grid, part, stream);
-            else
-                launch("plan_backward_kernel<float>", plan_backward_kernel<float>, grid, part, stream);
-        });
+    launch_plan(arguments, limits, [&](const PlanArguments &part, const Grid &grid) {
+        if (part.problem.dtype == Dtype::f64)
+            launch("plan_backward_kernel<double>", plan_backward_kernel<double>, grid, part, stream);
+        else
+            launch("plan_backward_kernel<float>", plan_backward_kernel<float>, grid, part, stream);
+    });
 }
 
 }  // namespace

@@ -151,10 +151,9 @@ inline py::dict describe(const SizeClass &size) {
 
 inline void bind(py::module_ &module) {
     module.def("cuda_forward", &run_forward, py::arg("problem"), py::kw_only(), py::arg("g_init"), py::arg("eps_start"),
-               py::arg("eps_factor"), py::arg("max_iter"), py::arg("tol"), py::arg("value"), py::arg("f"),
-               py::arg("g"), py::arg("multipliers"), py::arg("marginal_error"), py::arg("n_iters"),
-               py::arg("exact_sizes"), py::arg("log_domain_only"), py::arg("limits"), py::arg("stream"),
-               py::arg("device"));
+               py::arg("eps_factor"), py::arg("max_iter"), py::arg("tol"), py::arg("value"), py::arg("f"), py::arg("g"),
+               py::arg("multipliers"), py::arg("marginal_error"), py::arg("n_iters"), py::arg("exact_sizes"),
+               py::arg("log_domain_only"), py::arg("limits"), py::arg("stream"), py::arg("device"));
     module.def("cuda_backward", &run_backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
                py::arg("dvalue"), py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("ratio_a"),
                py::arg("ratio_b"), py::arg("entropy"), py::arg("terms_reg"), py::arg("limits"), py::arg("stream"),

@@ -45,7 +45,8 @@ void launch_classes(const char *kernel, Arguments arguments, const std::vector<S
         grid.cluster = classes[k].cluster;
         grid.threads = classes[k].threads;
         // No more than the longest sides can need: that leaves room for other blocks, and the class as it is.
-        grid.shared_bytes = minimum(classes[k].bytes, bytes(classes[k], maximum<int64_t>(n, 1), maximum<int64_t>(m, 1)));
+        grid.shared_bytes =
+            minimum(classes[k].bytes, bytes(classes[k], maximum<int64_t>(n, 1), maximum<int64_t>(m, 1)));
         const int64_t items = kMostBlocks / grid.cluster;
         for (int64_t first = 0; first < batch; first += items) {
             arguments.first_item = first;

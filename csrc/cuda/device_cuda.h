@@ -16,10 +16,18 @@
 namespace otkern {
 namespace cuda {
 
-OTKERN_DEVICE int thread_rank() { return int(threadIdx.x); }
-OTKERN_DEVICE int block_threads() { return int(blockDim.x); }
-OTKERN_DEVICE int64_t block_index() { return int64_t(blockIdx.x); }
-OTKERN_DEVICE void sync_block() { __syncthreads(); }
+OTKERN_DEVICE int thread_rank() {
+    return int(threadIdx.x);
+}
+OTKERN_DEVICE int block_threads() {
+    return int(blockDim.x);
+}
+OTKERN_DEVICE int64_t block_index() {
+    return int64_t(blockIdx.x);
+}
+OTKERN_DEVICE void sync_block() {
+    __syncthreads();
+}
 
 // Clusters exist from compute capability 9 on; before it a block is alone.
 OTKERN_DEVICE int block_rank() {
@@ -79,15 +87,33 @@ OTKERN_DEVICE uint16_t float_to_half(float x) {
     return bits;
 }
 
-OTKERN_DEVICE float exp_of(float x) { return expf(x); }
-OTKERN_DEVICE double exp_of(double x) { return exp(x); }
-OTKERN_DEVICE float log_of(float x) { return logf(x); }
-OTKERN_DEVICE double log_of(double x) { return log(x); }
-OTKERN_DEVICE double expm1_of(double x) { return expm1(x); }
-OTKERN_DEVICE float root_of(float x) { return sqrtf(x); }
-OTKERN_DEVICE double root_of(double x) { return sqrt(x); }
-OTKERN_DEVICE float scale_by_power(float x, int exponent) { return ldexpf(x, exponent); }
-OTKERN_DEVICE double scale_by_power(double x, int exponent) { return ldexp(x, exponent); }
+OTKERN_DEVICE float exp_of(float x) {
+    return expf(x);
+}
+OTKERN_DEVICE double exp_of(double x) {
+    return exp(x);
+}
+OTKERN_DEVICE float log_of(float x) {
+    return logf(x);
+}
+OTKERN_DEVICE double log_of(double x) {
+    return log(x);
+}
+OTKERN_DEVICE double expm1_of(double x) {
+    return expm1(x);
+}
+OTKERN_DEVICE float root_of(float x) {
+    return sqrtf(x);
+}
+OTKERN_DEVICE double root_of(double x) {
+    return sqrt(x);
+}
+OTKERN_DEVICE float scale_by_power(float x, int exponent) {
+    return ldexpf(x, exponent);
+}
+OTKERN_DEVICE double scale_by_power(double x, int exponent) {
+    return ldexp(x, exponent);
+}
 // The e with |x| = m 2^e, 1/2 <= m < 1.
 OTKERN_DEVICE int exponent_of_number(double x) {
     int exponent;
@@ -120,10 +146,10 @@ inline void check(cudaError_t status, const std::string &what) {
 
 inline Limits device_limits(int device) {
     int bytes = 0, major = 0;
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "asking device " +
-          std::to_string(device) + " for its shared memory");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking device " +
-          std::to_string(device) + " for its compute capability");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking device " + std::to_string(device) + " for its shared memory");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "asking device " + std::to_string(device) + " for its compute capability");
     Limits limits;
     limits.shared_bytes = bytes;
     // 16 are for the data-centre parts of these two; others take the portable size.
@@ -133,9 +159,9 @@ inline Limits device_limits(int device) {
 
 inline void check_launch(cudaError_t status, const char *name, const Grid &grid) {
     if (status == cudaSuccess) return;
-    check(status, std::string("the launch of ") + name + " (" + std::to_string(grid.blocks) + " blocks in clusters of " +
-                      std::to_string(grid.cluster) + ", " + std::to_string(grid.threads) + " threads, " +
-                      std::to_string(grid.shared_bytes) + " bytes of shared memory a block)");
+    check(status, std::string("the launch of ") + name + " (" + std::to_string(grid.blocks) +
+                      " blocks in clusters of " + std::to_string(grid.cluster) + ", " + std::to_string(grid.threads) +
+                      " threads, " + std::to_string(grid.shared_bytes) + " bytes of shared memory a block)");
 }
 
 template <class Argument>

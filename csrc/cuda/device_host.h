@@ -15,14 +15,30 @@
 namespace otkern {
 namespace cuda {
 
-inline int thread_rank() { return host::current->thread; }
-inline int block_threads() { return host::current->threads; }
-inline int64_t block_index() { return host::current->block_index; }
-inline int block_rank() { return host::current->block; }
-inline int cluster_blocks() { return host::current->blocks; }
-inline void sync_block() { host::wait_for_block(); }
-inline void sync_cluster() { host::wait_for_cluster(); }
-inline char *shared_memory() { return host::current->shared; }
+inline int thread_rank() {
+    return host::current->thread;
+}
+inline int block_threads() {
+    return host::current->threads;
+}
+inline int64_t block_index() {
+    return host::current->block_index;
+}
+inline int block_rank() {
+    return host::current->block;
+}
+inline int cluster_blocks() {
+    return host::current->blocks;
+}
+inline void sync_block() {
+    host::wait_for_block();
+}
+inline void sync_cluster() {
+    host::wait_for_cluster();
+}
+inline char *shared_memory() {
+    return host::current->shared;
+}
 template <class P>
 P *map_shared(P *pointer, int rank) {
     return reinterpret_cast<P *>(host::map_address(reinterpret_cast<char *>(pointer), rank));
@@ -49,15 +65,33 @@ inline uint16_t float_to_half(float x) {
     return bits;
 }
 
-inline float exp_of(float x) { return std::exp(x); }
-inline double exp_of(double x) { return std::exp(x); }
-inline float log_of(float x) { return std::log(x); }
-inline double log_of(double x) { return std::log(x); }
-inline double expm1_of(double x) { return std::expm1(x); }
-inline float root_of(float x) { return std::sqrt(x); }
-inline double root_of(double x) { return std::sqrt(x); }
-inline float scale_by_power(float x, int exponent) { return std::ldexp(x, exponent); }
-inline double scale_by_power(double x, int exponent) { return std::ldexp(x, exponent); }
+inline float exp_of(float x) {
+    return std::exp(x);
+}
+inline double exp_of(double x) {
+    return std::exp(x);
+}
+inline float log_of(float x) {
+    return std::log(x);
+}
+inline double log_of(double x) {
+    return std::log(x);
+}
+inline double expm1_of(double x) {
+    return std::expm1(x);
+}
+inline float root_of(float x) {
+    return std::sqrt(x);
+}
+inline double root_of(double x) {
+    return std::sqrt(x);
+}
+inline float scale_by_power(float x, int exponent) {
+    return std::ldexp(x, exponent);
+}
+inline double scale_by_power(double x, int exponent) {
+    return std::ldexp(x, exponent);
+}
 inline int exponent_of_number(double x) {
     int exponent;
     std::frexp(x, &exponent);

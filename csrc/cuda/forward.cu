@@ -133,7 +133,9 @@ OTKERN_KERNEL sinkhorn_forward_kernel(OTKERN_ARGUMENT ForwardArguments arguments
 
 }  // namespace
 
-Limits limits_of_device(int device) { return device_limits(device); }
+Limits limits_of_device(int device) {
+    return device_limits(device);
+}
 
 int64_t forward_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions) {
     return wide ? bytes_of<double>(size, n, m, directions) : bytes_of<float>(size, n, m, directions);

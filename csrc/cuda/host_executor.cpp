@@ -12,7 +12,8 @@
 
 #include "device.h"
 
-// void otkern_switch(void **from, void *to): pushes the preserved registers, leaves the stack in *from, goes on at `to`.
+// void otkern_switch(void **from, void *to): pushes the preserved registers, leaves the stack in *from, goes on at
+// `to`.
 extern "C" void otkern_switch(void **from, void *to);
 
 #if defined(__x86_64__)
@@ -161,8 +162,8 @@ void Executor::reserve(const Grid &grid) {
     queue.resize(count + 1);
     if (count > room) {
         if (stacks != nullptr) munmap(stacks, room * kStack);
-        void *memory = mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *memory =
+            mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         stacks = memory == MAP_FAILED ? nullptr : static_cast<char *>(memory);
         room = stacks == nullptr ? 0 : count;
         if (stacks == nullptr) throw std::runtime_error(kernel + ": no memory for the stacks of its threads");
@@ -298,11 +299,21 @@ void Executor::run(const char *name, const Grid &grid, void (*run)(const void *)
 
 }  // namespace
 
-void wait_for_block() { executor.wait_for_block(); }
-void wait_for_cluster() { executor.wait_for_cluster(); }
-void exchange_in_warp(const void *mine, size_t size, void *all) { executor.exchange(mine, size, all); }
-char *map_address(char *pointer, int rank) { return executor.map_address(pointer, rank); }
-void set_order(Order order) { executor.order = order; }
+void wait_for_block() {
+    executor.wait_for_block();
+}
+void wait_for_cluster() {
+    executor.wait_for_cluster();
+}
+void exchange_in_warp(const void *mine, size_t size, void *all) {
+    executor.exchange(mine, size, all);
+}
+char *map_address(char *pointer, int rank) {
+    return executor.map_address(pointer, rank);
+}
+void set_order(Order order) {
+    executor.order = order;
+}
 
 void run_grid(const char *name, const Grid &grid, void (*run)(const void *), const void *self) {
     static std::mutex one_at_a_time;

@@ -80,10 +80,14 @@ inline std::vector<double> probe(const std::string &name) {
         const char *name;
         void (*kernel)(const ProbeArguments);
     } probes[] = {
-        {"neighbour", neighbour_probe_kernel},   {"race", race_probe_kernel},
-        {"shuffle", shuffle_probe_kernel},       {"cluster", cluster_probe_kernel},
-        {"unset", unset_probe_kernel},           {"divergent", divergent_probe_kernel},
-        {"early_end", early_end_probe_kernel},   {"overrun", overrun_probe_kernel},
+        {"neighbour", neighbour_probe_kernel},
+        {"race", race_probe_kernel},
+        {"shuffle", shuffle_probe_kernel},
+        {"cluster", cluster_probe_kernel},
+        {"unset", unset_probe_kernel},
+        {"divergent", divergent_probe_kernel},
+        {"early_end", early_end_probe_kernel},
+        {"overrun", overrun_probe_kernel},
         {"ended_block", ended_block_probe_kernel},
     };
     Grid grid;

@@ -10,10 +10,11 @@ namespace cuda {
 
 template <class T>
 struct AdjointMemory {
-    T *a, *f, *slope_a, *r, *u_a, *scale_a, *x, *residual, *direction, *image;  // of the block's rows
-    T *b, *g, *y;                                                              // of all columns
-    T *slope_b, *c, *u_b, *rhs_b;                                              // of the block's columns
-    T *partial_sums;  // of all columns; where the tiles are while the cost is formed
+    T *a, *slope_a, *r, *u_a, *x, *residual, *direction, *image;  // of the block's rows
+    T *f, *scale_a;                // the same memory as `image` and `direction`, until the matrix is made and scaled
+    T *b, *g, *y;                  // of all columns
+    T *slope_b, *c, *u_b, *rhs_b;  // of the block's columns
+    T *partial_sums;               // of all columns; where the tiles are while the cost is formed
     CostTiles<T> tiles;
     Cloud<T> points_x, points_y;
     T *matrix;  // rows x m: the cost, then E, then S
@@ -22,15 +23,15 @@ struct AdjointMemory {
         const int64_t rows = ceil_div(n, size.cluster), columns = ceil_div(m, size.cluster);
         team.carve(carver);
         carver.take(a, rows);
-        carver.take(f, rows);
         carver.take(slope_a, rows);
         carver.take(r, rows);
         carver.take(u_a, rows);
-        carver.take(scale_a, rows);
         carver.take(x, rows);
         carver.take(residual, rows);
         carver.take(direction, rows);
         carver.take(image, rows);
+        f = image;
+        scale_a = direction;
         carver.take(b, m);
         carver.take(g, m);
         carver.take(y, m);
@@ -85,6 +86,8 @@ class Adjoint {
 
     // A mass that no other point feels; one over its root still has a finite square.
     OTKERN_DEVICE static bool is_bare(T weight, T sum) { return !(double(weight) * double(sum) > 1e-30); }
+    // Whether a point is in the system of equations.
+    OTKERN_DEVICE static bool is_inside(T weight, T sum, T slope) { return !is_bare(weight, sum) && slope > 0; }
     // What a bare point adds to the others for one unit of E.
     OTKERN_DEVICE static T bare_part(T weight, T sum, T product) {
         if (!is_bare(weight, sum) || !(sum > 0)) return 0;
@@ -145,8 +148,8 @@ OTKERN_DEVICE void Adjoint<T>::read() {
     team.sync();
 }
 
-// E. Between two points without weight E could be infinite; no sum wants it, and it is 0. At one such point it may leave
-// the range of T and has to stay a number.
+// E. Between two points without weight E could be infinite; no sum wants it, and it is 0. At one such point it may
+// leave the range of T and has to stay a number.
 template <class T>
 OTKERN_DEVICE void Adjoint<T>::make_matrix() {
     cost_rows(team, call.problem, item, at.tiles, at.points_x, at.points_y, first_row, rows, at.matrix, item.m);
@@ -219,9 +222,7 @@ OTKERN_DEVICE void Adjoint<T>::settle_bare() {
     for_columns([&](int c, int j) { any = is_bare(at.b[j], at.c[c]) ? T(1) : any; });
     if (team.max(any) == 0) return;
     for_rows([&](int i) { at.image[i] = bare_part(at.a[i], at.r[i], at.slope_a[i] * at.u_a[i]); });
-    for_columns([&](int c, int j) {
-        team.push(at.y + j, bare_part(at.b[j], at.c[c], at.slope_b[c] * at.u_b[c]));
-    });
+    for_columns([&](int c, int j) { team.push(at.y + j, bare_part(at.b[j], at.c[c], at.slope_b[c] * at.u_b[c])); });
     team.sync_all();
     times_rows([&](int i, T sum) {
         if (!is_bare(at.a[i], at.r[i])) at.u_a[i] -= at.a[i] * sum;
@@ -231,11 +232,11 @@ OTKERN_DEVICE void Adjoint<T>::settle_bare() {
     });
 }
 
-// Whether a point is in the system, and then the factors sqrt(slope w / sum) of S and sqrt(slope / (w sum)) of u.
+// Of points in the system the factors sqrt(slope w / sum) of S and sqrt(slope / (w sum)) of u; of others 0.
 template <class T>
 OTKERN_DEVICE void Adjoint<T>::weigh(T weight, T sum, T slope, T u, T &scale, T &rhs) {
     const double w = weight, s = sum, k = slope;
-    const bool inside = !is_bare(weight, sum) && slope > 0;
+    const bool inside = is_inside(weight, sum, slope);
     scale = inside ? T(root_of(k * w / s)) : T(0);
     rhs = inside ? T(double(u) * root_of(k / (w * s))) : T(0);
 }
@@ -259,7 +260,7 @@ OTKERN_DEVICE void Adjoint<T>::scale_matrix() {
 template <class T>
 OTKERN_DEVICE void Adjoint<T>::remove_constant(T *v) {
     const auto constant = [&](int i) {
-        return at.scale_a[i] > 0 ? root_of(double(at.a[i]) * double(at.r[i])) : 0.0;
+        return is_inside(at.a[i], at.r[i], at.slope_a[i]) ? root_of(double(at.a[i]) * double(at.r[i])) : 0.0;
     };
     double sums[2] = {};
     for_rows([&](int i) {
@@ -330,9 +331,8 @@ template <class T>
 OTKERN_DEVICE void Adjoint<T>::write() {
     T *const p = static_cast<T *>(call.p) + item.first_a, *const q = static_cast<T *>(call.q) + item.first_b;
     for_rows([&](int i) { p[first_row + i] = result(at.a[i], at.r[i], at.slope_a[i], at.u_a[i], at.x[i]); });
-    for_columns([&](int c, int j) {
-        q[j] = result(at.b[j], at.c[c], at.slope_b[c], at.u_b[c], at.rhs_b[c] - at.y[j]);
-    });
+    for_columns(
+        [&](int c, int j) { q[j] = result(at.b[j], at.c[c], at.slope_b[c], at.u_b[c], at.rhs_b[c] - at.y[j]); });
     clear<T>(team, call.p, item.first_a, item.n, item.room_a);
     clear<T>(team, call.q, item.first_b, item.m, item.room_b);
     if (team.rank != 0 || team.thread != 0) return;

@@ -71,9 +71,9 @@ struct Ordinary {
     static constexpr T least = T(sizeof(T) == 4 ? 1e-12 : 1e-100), most = T(sizeof(T) == 4 ? 1e12 : 1e100);
 };
 
-// Points of one cloud, as they stand in their tensor. `inverse_norm` and `exponent`, of the cosine metric, are in shared
-// memory: 1 / |x|, 0 for x = 0, and the power of two by which an extreme row is divided first, which keeps every bit of
-// its direction.
+// Points of one cloud, as they stand in their tensor. `inverse_norm` and `exponent`, of the cosine metric, are in
+// shared memory: 1 / |x|, 0 for x = 0, and the power of two by which an extreme row is divided first, which keeps every
+// bit of its direction.
 template <class T>
 struct Cloud {
     const void *data;
@@ -124,8 +124,8 @@ struct Cloud {
             }
             squares = warp_sum(squares);
             largest = warp_max(largest);
-            const bool scaled = !(squares > Ordinary<T>::least && squares < Ordinary<T>::most) && largest > 0 &&
-                                is_finite(largest);
+            const bool scaled =
+                !(squares > Ordinary<T>::least && squares < Ordinary<T>::most) && largest > 0 && is_finite(largest);
             const int power = scaled ? exponent_of_number(double(largest)) : 0;
             T again = 0;
             for (int k = team.lane; k < features; k += kWarp) {
@@ -147,7 +147,9 @@ struct Cloud {
 // The rows of the staged tiles are padded so that neither their stores nor their loads meet in one bank.
 constexpr int kTileRows = 32, kTileFeatures = 8, kTilePad = 4;
 
-OTKERN_BOTH int tile_columns(int threads) { return threads / (kTileRows / 4) * 4; }
+OTKERN_BOTH int tile_columns(int threads) {
+    return threads / (kTileRows / 4) * 4;
+}
 
 template <class T>
 struct CostTiles {
@@ -203,18 +205,19 @@ struct CostTiles {
             const Four<T> xs = load_four(x + k * (kTileRows + kTilePad) + row);
             const Four<T> ys = load_four(y + k * (wide + kTilePad) + column);
             OTKERN_UNROLL
-            for (int r = 0; r < 4; ++r)
+            for (int r = 0; r < 4; ++r) {
                 OTKERN_UNROLL
                 for (int c = 0; c < 4; ++c) {
                     const T difference = xs.x[r] - ys.x[c];
                     sums[4 * r + c] += differences ? difference * difference : xs.x[r] * ys.x[c];
                 }
+            }
         }
     }
     OTKERN_DEVICE static void write(Metric metric, const Cloud<T> &a, const Cloud<T> &b, int i0, int j0, int rows,
                                     int columns, const T (&sums)[16], T *out, int pitch) {
         OTKERN_UNROLL
-        for (int r = 0; r < 4; ++r)
+        for (int r = 0; r < 4; ++r) {
             OTKERN_UNROLL
             for (int c = 0; c < 4; ++c) {
                 const int i = i0 + r, j = j0 + c;
@@ -225,6 +228,7 @@ struct CostTiles {
                 if (metric == Metric::euclidean) cost = root_of(cost);
                 out[int64_t(i) * pitch + j] = cost;
             }
+        }
     }
 };
 
@@ -236,10 +240,9 @@ OTKERN_DEVICE void cost_rows(const Team &team, const Problem &p, const Item<T> &
     if (p.metric == Metric::cost)
         for (int i = team.warp; i < real; i += team.warps)
             for (int j = team.lane; j < item.points_b; j += kWarp)
-                out[int64_t(i) * pitch + j] =
-                    load_element<T>(p.cost.data, p.dtype,
-                                    p.cost.stride_b * item.index + (first + i) * p.cost.stride_row +
-                                        j * p.cost.stride_col);
+                out[int64_t(i) * pitch + j] = load_element<T>(
+                    p.cost.data, p.dtype,
+                    p.cost.stride_b * item.index + (first + i) * p.cost.stride_row + j * p.cost.stride_col);
     else
         tiles.form(team, p.metric, a, b, first, real, item.points_b, out, pitch);
     if (item.m > item.points_b)

@@ -49,8 +49,8 @@ OTKERN_DEVICE void Sinkhorn<T>::start_rows() {
     team.sync();
 }
 
-// K from the absorbed potentials. Returns false, on every thread alike, when an entry would come near overflow; the cost
-// is then as it was.
+// K from the absorbed potentials. Returns false, on every thread alike, when an entry would come near overflow; the
+// cost is then as it was.
 template <class T>
 OTKERN_DEVICE bool Sinkhorn<T>::build_kernel() {
     form_cost();
@@ -161,8 +161,7 @@ OTKERN_DEVICE bool Sinkhorn<T>::kernel_column_step() {
     team.reduce(notes, 8);
     const T smallest = -notes[0], largest = notes[1], heaviest = notes[2];
     dead_columns = double(notes[3]);
-    const bool counts = smallest_row >= maximum(T(R::least), R::share * (heaviest * level)) &&
-                        largest_row <= R::most &&
+    const bool counts = smallest_row >= maximum(T(R::least), R::share * (heaviest * level)) && largest_row <= R::most &&
                         smallest >= maximum(T(R::least), R::share * (heaviest_row * level)) && largest <= R::most;
     return counts && (!partial || kernel_mass_step(heaviest_row / smallest));
 }

@@ -10,9 +10,8 @@ constexpr int64_t kKilo = 1024;
 // One block: 16, 5 or 2 of them on a multiprocessor, then one; then clusters.
 std::vector<SizeClass> one_matrix_or_two(const Limits &limits, bool keeps_cost) {
     std::vector<SizeClass> classes;
-    const SizeClass small[] = {{1, 64, 12 * kKilo, keeps_cost},
-                               {1, 128, 40 * kKilo, keeps_cost},
-                               {1, kThreads, 99 * kKilo, keeps_cost}};
+    const SizeClass small[] = {
+        {1, 64, 12 * kKilo, keeps_cost}, {1, 128, 44 * kKilo, keeps_cost}, {1, kThreads, 99 * kKilo, keeps_cost}};
     for (const SizeClass &size : small)
         if (size.bytes < limits.shared_bytes) classes.push_back(size);
     for (int cluster = 1; cluster <= limits.cluster; cluster *= 2)
@@ -28,10 +27,12 @@ std::vector<SizeClass> forward_classes(const Limits &limits) {
     return classes;
 }
 
-std::vector<SizeClass> implicit_classes(const Limits &limits) { return one_matrix_or_two(limits, false); }
+std::vector<SizeClass> implicit_classes(const Limits &limits) {
+    return one_matrix_or_two(limits, false);
+}
 
 int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions) {
-    for (int rows = 32; rows >= 8; rows /= 2)
+    for (int rows = 32; rows >= 1; rows /= 2)
         if (plan_bytes(wide, rows, m, directions) <= limits.shared_bytes) return rows;
     return 0;
 }

@@ -6,8 +6,8 @@
 namespace otkern {
 namespace cuda {
 
-// The new f of the block's rows, and with `columns_too` their part in the columns. Exponents are formed after the peak is
-// subtracted in units of the cost, so that a small reg does not amplify the rounding of the exponent.
+// The new f of the block's rows, and with `columns_too` their part in the columns. Exponents are formed after the peak
+// is subtracted in units of the cost, so that a small reg does not amplify the rounding of the exponent.
 template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::log_row_step(bool columns_too, bool compare) {
     form_cost();
@@ -59,8 +59,7 @@ OTKERN_DEVICE void Sinkhorn<T>::log_columns() {
         const T origin = peak > -infinity<T>() ? peak : T(0);  // no -inf - -inf below
         T sum = 0;
         for (int i = 0; i < rows; ++i)
-            if (at.a[i] > 0)
-                sum += at.a[i] * exp_of(((at.new_f[i] - at.cost[i * item.m + j]) - origin) * inverse_eps);
+            if (at.a[i] > 0) sum += at.a[i] * exp_of(((at.new_f[i] - at.cost[i * item.m + j]) - origin) * inverse_eps);
         at.partial_peaks[j] = peak;
         at.partial_sums[j] = sum;
     }

@@ -1,9 +1,9 @@
 // Rows of the transport plan from the potentials; the plan is never held as a whole.
 //
 // A block makes a tile of an item's rows, with all columns, in its shared memory; blocks need nothing of each other. A
-// row's numbers are made in the same order whatever the tile: neither its rows nor the batch show in the bits. Sums over
-// columns are those over the rows of the exchanged problem, whose cost is formed a second time: as much arithmetic as a
-// third of the rest, in place of partial sums of all features that would have to cross the cluster.
+// row's numbers are made in the same order whatever the tile: neither its rows nor the batch show in the bits. Sums
+// over columns are those over the rows of the exchanged problem, whose cost is formed a second time: a third more
+// arithmetic, in place of partial sums of all features that would have to cross the cluster.
 #pragma once
 
 #include <stdexcept>
@@ -113,8 +113,7 @@ class PlanRow {
         if (arguments.cost_scale) cost_scale = static_cast<const T *>(arguments.cost_scale)[item.index];
         if (arguments.row) extra = item.entry(arguments.row, item.first_a, row);
         const int64_t first = item.index * arguments.problem.max_a * arguments.problem.max_b;
-        if (arguments.dense)
-            dense = static_cast<const T *>(arguments.dense) + first + row * arguments.dense_row;
+        if (arguments.dense) dense = static_cast<const T *>(arguments.dense) + first + row * arguments.dense_row;
         dense_col = arguments.dense_col;
     }
 
@@ -233,7 +232,8 @@ void launch_plan(PlanArguments arguments, const Limits &limits, F run) {
     const bool wide = p.dtype == Dtype::f64, directions = p.metric == Metric::cosine;
     const int64_t m = maximum<int64_t>(p.max_b, 1);
     arguments.rows = plan_rows(limits, wide, m, directions);
-    if (arguments.rows == 0) throw std::runtime_error("rows of the plan of " + std::to_string(m) + " columns do not fit");
+    if (arguments.rows == 0)
+        throw std::runtime_error("rows of the plan of " + std::to_string(m) + " columns do not fit");
     arguments.tiles = ceil_div(p.max_a, arguments.rows);
     const int64_t tiles = arguments.tiles * p.batch;
     Grid grid;
@@ -253,46 +253,50 @@ constexpr int kSumRows = 8, kSumFeatures = 2;
 template <class T, bool differences, class F>
 OTKERN_DEVICE void weighted_sums(const PlanTile<T> &tile, const Cloud<T> &z, int features, F write) {
     const Team &team = tile.team;
-    const int groups = tile.arguments.rows / kSumRows, lanes = team.threads / groups;
+    const int groups = maximum(tile.arguments.rows / kSumRows, 1), lanes = team.threads / groups;
     const int i0 = team.thread / lanes * kSumRows, lane = team.thread % lanes, m = tile.item.m;
     if (i0 >= tile.count) return;
     for (int k0 = lane; k0 < features; k0 += kSumFeatures * lanes) {
         T sums[kSumRows][kSumFeatures] = {}, x[kSumRows][kSumFeatures] = {};
         if (differences) {
             OTKERN_UNROLL
-            for (int r = 0; r < kSumRows; ++r)
+            for (int r = 0; r < kSumRows; ++r) {
                 OTKERN_UNROLL
-            for (int c = 0; c < kSumFeatures; ++c) {
-                const int k = k0 + c * lanes;
-                if (i0 + r < tile.count && k < features) x[r][c] = tile.at.x.raw(tile.first + i0 + r, k);
+                for (int c = 0; c < kSumFeatures; ++c) {
+                    const int k = k0 + c * lanes;
+                    if (i0 + r < tile.count && k < features) x[r][c] = tile.at.x.raw(tile.first + i0 + r, k);
+                }
             }
         }
         for (int j0 = 0; j0 < m; j0 += 4) {
             T points[4][kSumFeatures];
             OTKERN_UNROLL
-            for (int q = 0; q < 4; ++q)
+            for (int q = 0; q < 4; ++q) {
                 OTKERN_UNROLL
-            for (int c = 0; c < kSumFeatures; ++c) {
-                const int k = k0 + c * lanes;
-                points[q][c] = j0 + q < m && k < features ? z.coordinate(j0 + q, j0 + q, k) : T(0);
+                for (int c = 0; c < kSumFeatures; ++c) {
+                    const int k = k0 + c * lanes;
+                    points[q][c] = j0 + q < m && k < features ? z.coordinate(j0 + q, j0 + q, k) : T(0);
+                }
             }
             OTKERN_UNROLL
             for (int r = 0; r < kSumRows; ++r) {
                 if (i0 + r >= tile.count) continue;
                 const Four<T> weights = load_four(tile.at.rows + (i0 + r) * tile.at.pitch + j0);
                 OTKERN_UNROLL
-                for (int q = 0; q < 4; ++q)
+                for (int q = 0; q < 4; ++q) {
                     OTKERN_UNROLL
-                for (int c = 0; c < kSumFeatures; ++c)
-                    sums[r][c] += weights.x[q] * (differences ? x[r][c] - points[q][c] : points[q][c]);
+                    for (int c = 0; c < kSumFeatures; ++c)
+                        sums[r][c] += weights.x[q] * (differences ? x[r][c] - points[q][c] : points[q][c]);
+                }
             }
         }
         OTKERN_UNROLL
-        for (int r = 0; r < kSumRows; ++r)
+        for (int r = 0; r < kSumRows; ++r) {
             OTKERN_UNROLL
-        for (int c = 0; c < kSumFeatures; ++c) {
-            const int k = k0 + c * lanes;
-            if (i0 + r < tile.count && k < features) write(i0 + r, k, sums[r][c]);
+            for (int c = 0; c < kSumFeatures; ++c) {
+                const int k = k0 + c * lanes;
+                if (i0 + r < tile.count && k < features) write(i0 + r, k, sums[r][c]);
+            }
         }
     }
 }

@@ -102,9 +102,7 @@ class Side {
     OTKERN_DEVICE double exponent(double t) const { return minimum(-t / double(rho), sizeof(T) == 4 ? 60.0 : 600.0); }
     // The 1 / u at which f = o.
     OTKERN_DEVICE T cap(T F, T o) const { return exp_of((F - o) * inverse_eps); }
-    OTKERN_DEVICE T asked(T f, T o) const {
-        return is_penalty() ? minimum(exp_of((o - f) / rho), huge<T>()) : T(1);
-    }
+    OTKERN_DEVICE T asked(T f, T o) const { return is_penalty() ? minimum(exp_of((o - f) / rho), huge<T>()) : T(1); }
 
     T eps = 1, inverse_eps = 1;
     T slope = 1, rest = 0, fall = 0;  // rho / (rho + eps), eps / (rho + eps), 1 / (rho + eps)

@@ -19,8 +19,8 @@ namespace cuda {
 template <class T>
 struct ForwardMemory {
     T *a, *F, *row_sums, *counted_sums, *row_scale, *new_f, *dead_a, *offset_a;  // of the block's rows
-    T *b, *G, *bv;                                                              // of all columns
-    T *v, *new_v, *dead_b, *offset_b, *log_ratio;                               // of the block's columns
+    T *b, *G, *bv;                                                               // of all columns
+    T *v, *new_v, *dead_b, *offset_b, *log_ratio;                                // of the block's columns
     T *partial_sums, *partial_peaks;  // of all columns; where the tiles are while the cost is formed
     CostTiles<T> tiles;
     Cloud<T> x, y;  // the block's rows, all columns
@@ -92,8 +92,8 @@ class Sinkhorn {
     Side<T> side_a, side_b;
     int first_row, rows, first_column, columns;  // of the block
     int64_t iterations = 0;
-    double error = 0;            // marginal error at the potentials
-    T mass, lam = 0;             // of a partial problem: the total mass asked for, and its multiplier
+    double error = 0;  // marginal error at the potentials
+    T mass, lam = 0;   // of a partial problem: the total mass asked for, and its multiplier
     bool partial;
     bool nothing_moves = false;  // a partial problem without a single pair
 
@@ -135,12 +135,12 @@ class Sinkhorn {
     OTKERN_DEVICE static T log_ratio_of(T x, bool below_cap) { return below_cap ? T(0) : minimum(x, -tiny<T>()); }
     OTKERN_DEVICE void finish(bool in_kernel);
 
-    bool absorbs, relaxed;       // there is a kernel domain; a side is not a constraint
-    bool has_cost = false;       // `cost` holds the cost, and not the kernel
-    T eps, inverse_eps;          // of this iteration
-    T push = 0, level = 1;       // in the kernel domain lam + eps push stands for lam, which K holds; exp(push)
-    double column_gap = 0;       // of a partial problem; else columns are exact after their half
-    double dead_columns = 0;     // the mass of constraint columns that reach nothing
+    bool absorbs, relaxed;    // there is a kernel domain; a side is not a constraint
+    bool has_cost = false;    // `cost` holds the cost, and not the kernel
+    T eps, inverse_eps;       // of this iteration
+    T push = 0, level = 1;    // in the kernel domain lam + eps push stands for lam, which K holds; exp(push)
+    double column_gap = 0;    // of a partial problem; else columns are exact after their half
+    double dead_columns = 0;  // the mass of constraint columns that reach nothing
     // What the last pass over rows has left: the smallest and largest of sum_j K_ij b_j v_j (and of 1 / u_i where that
     // is not the same), the largest a_i u_i, and sum_i a_i |r_i - 1| of the iteration before.
     T smallest_row, largest_row, heaviest_row;

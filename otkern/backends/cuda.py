@@ -54,7 +54,7 @@ def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
         return f"the cuda backend takes float64, float32, bfloat16 and float16, not {inputs.primary.dtype}"
     if schedule is not None and (schedule.update != "alternating" or schedule.overrelaxation != 1):
         return "the cuda backend iterates with update='alternating' and overrelaxation=1 only"
-    if _size_class(inputs) < 0:
+    if _size_class(inputs) < 0 or not _plan_fits(inputs):
         return (
             f"the cuda backend holds whole problems on the chip, in {str(inputs.compute_dtype).removeprefix('torch.')} "
             f"up to {_largest_square(inputs)} points a side here, and {inputs.max_a} x {inputs.max_b} do not fit; "
@@ -139,6 +139,14 @@ def _size_class(inputs: Inputs) -> int:
         return 0
     classes = enumerate(_classes(inputs))
     return next((number for number, found in classes if _bytes(inputs, number, n, m) <= found["bytes"]), -1)
+
+
+def _plan_fits(inputs: Inputs) -> bool:
+    """Whether rows of the plan fit, and columns: what every gradient needs."""
+    wide, directions = inputs.compute_dtype == torch.float64, inputs.metric == "cosine"
+    sides = (max(1, inputs.max_a), max(1, inputs.max_b))
+    plan_rows = _module(inputs.device).cuda_plan_rows
+    return all(plan_rows(_limits(inputs.device), wide, longest, directions)[0] > 0 for longest in sides)
 
 
 def _largest_square(inputs: Inputs) -> int:

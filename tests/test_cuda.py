@@ -1,0 +1,188 @@
+"""What only the CUDA backend has: clusters, the cost formed again, the order of threads, its refusals."""
+
+import math
+
+import pytest
+import torch
+
+import otkern
+from otkern import backends
+from otkern.backends import cuda, reference
+from otkern.problem import PlanWeights, Schedule
+
+from .test_native import make_inputs
+
+needs_executor = pytest.mark.skipif(cuda.missing("cpu") is not None, reason=str(cuda.missing("cpu")))
+
+SIZES = ((5, 17, 64, 90, 0, 3), (4, 33, 70, 81, 3, 1))
+KINDS = {"balanced": None, "unbalanced": (0.5, math.inf), "partial": (0.3, 0.0), "null": (0.4, 0.0)}
+# What makes small problems take the roads of large ones: (bytes of shared memory, blocks of a cluster).
+SMALL = {"clusters": (24 << 10, 4), "large clusters": (16 << 10, 16), "one block": (52 << 10, 1)}
+
+
+def make(kind, metric, dtype, sizes=SIZES, **options):
+    inputs = make_inputs(metric, dtype, *sizes, **options)
+    if KINDS[kind] is None:
+        return inputs
+    relaxation = torch.tensor([KINDS[kind]] * inputs.batch, dtype=inputs.reg.dtype)
+    return inputs._replace(kind=kind, relaxation=relaxation)
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Sets what the device allows."""
+    return lambda given: monkeypatch.setattr(cuda, "_limits", lambda device: given)
+
+
+@pytest.fixture
+def executor():
+    from otkern import _cuda_host
+
+    yield _cuda_host
+    _cuda_host.set_order(False)
+
+
+def everything(inputs, max_iter=12, schedule=None):
+    """All that the backend computes of a batch."""
+    tol = -1.0
+    value, f, g, multipliers, error, iters = cuda.forward(inputs, None, max_iter, tol, schedule)
+    found = [value, f, g, multipliers, error, iters]
+    points = inputs.cost is None
+    needs = (points, points, not points, True, True)
+    dvalue = torch.linspace(-1, 2, inputs.batch, dtype=inputs.reg.dtype)
+    found += [t for t in cuda.backward(inputs, f, g, dvalue, needs) if t is not None]
+    weights = PlanWeights(torch.full_like(inputs.reg, 0.7), dvalue, None, f, g)
+    found += [t for t in cuda.plan_backward(inputs, f, g, weights, needs) if t is not None]
+    found += [cuda.plan(inputs, f, g), cuda.apply(inputs, f, g, g.unsqueeze(-1), False, True)]
+    found += cuda.implicit(inputs, f, g, None, None, None, None, f, g, inputs.kind == "balanced", 1e-6, 30)
+    return found
+
+
+def same(found, expected) -> bool:
+    return all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(found, expected, strict=True))
+
+
+def assert_as_exact(found, expected, dtype) -> None:
+    slack = 2e-5 if dtype == torch.float32 else 1e-12
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=slack, atol=slack)
+
+
+@needs_executor
+@pytest.mark.parametrize("allowed", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("metric", "reg"), [("cosine", 0.2), ("sqeuclidean", 0.02), ("cost", 0.2)])
+def test_clusters_and_costs_formed_again_have_the_potentials_of_the_reference(limits, allowed, kind, metric, reg):
+    sizes = ((5, 17, 30, 0, 3), (4, 33, 29, 3, 1))
+    for dtype in (torch.float32, torch.float64):
+        inputs = make(kind, metric, dtype, sizes, reg=reg, d=12)
+        limits(allowed)
+        if cuda.can_run(inputs) is not None:
+            assert dtype == torch.float64
+            continue
+        expected = reference.forward(inputs.widened(), None, 12, -1.0)
+        assert_as_exact(cuda.forward(inputs, None, 12, -1.0)[:3], expected[:3], dtype)
+
+
+@needs_executor
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reg", [0.002, 0.2, 20.0])
+def test_absorbed_kernels_have_the_potentials_of_the_log_domain(limits, monkeypatch, kind, reg):
+    for allowed in ((227 << 10, 16), SMALL["clusters"]):
+        limits(allowed)
+        inputs = make(kind, "cost", torch.float32, reg=reg)
+        absorbed = cuda.forward(inputs, None, 20, -1.0)
+        monkeypatch.setattr(cuda, "LOG_DOMAIN_ONLY", True)
+        plain = cuda.forward(inputs, None, 20, -1.0)
+        monkeypatch.setattr(cuda, "LOG_DOMAIN_ONLY", False)
+        for x, y in zip(absorbed[:3], plain[:3], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=2e-6 * max(1.0, reg))
+
+
+@needs_executor
+@pytest.mark.parametrize("kind", ["balanced", "partial"])
+def test_the_order_of_threads_changes_no_bit(limits, executor, kind):
+    schedule = Schedule(eps_start=torch.full((6,), 1.0), eps_factor=0.5)
+    for allowed in (SMALL["clusters"], (227 << 10, 16)):
+        limits(allowed)
+        for metric in ("cosine", "euclidean", "cost"):
+            inputs = make(kind, metric, torch.float32, d=12)
+            forward = everything(inputs, schedule=schedule)
+            executor.set_order(True)
+            assert same(everything(inputs, schedule=schedule), forward)
+            executor.set_order(False)
+
+
+@needs_executor
+def test_batch_mates_of_other_classes_change_no_bit(limits):
+    limits(SMALL["clusters"])
+    inputs = make("balanced", "cosine", torch.float32, d=12)
+    together = everything(inputs)
+    for item, (n, m) in enumerate(zip(*SIZES, strict=True)):
+        if n == 0:
+            continue
+        alone = inputs._replace(
+            x_a=inputs.x_a[item : item + 1, :n], x_b=inputs.x_b[item : item + 1, :m],
+            a=inputs.a[item : item + 1, :n], b=inputs.b[item : item + 1, :m], reg=inputs.reg[item : item + 1],
+            lengths_a=None, lengths_b=None, max_a=n, max_b=m,
+        )  # fmt: skip
+        value, f, g, *_ = cuda.forward(alone, None, 12, -1.0)
+        assert torch.equal(value, together[0][item : item + 1])
+        assert torch.equal(f, together[1][item : item + 1, :n]) and torch.equal(g, together[2][item : item + 1, :m])
+
+
+@needs_executor
+def test_rows_of_a_tile_change_no_bit(limits):
+    inputs = make("balanced", "cosine", torch.float32, d=12)
+    _, f, g, *_ = cuda.forward(inputs, None, 12, -1.0)
+    found = []
+    for allowed in ((227 << 10, 16), (14 << 10, 16)):
+        limits(allowed)
+        gradients = cuda.backward(inputs, f, g, torch.ones_like(inputs.reg), (True, True, False, True, True))
+        found.append([t for t in gradients if t is not None])
+    from otkern import _cuda_host
+
+    rows = [
+        _cuda_host.cuda_plan_rows(allowed, False, inputs.max_b, True)[0] for allowed in ((227 << 10, 1), (14 << 10, 1))
+    ]
+    assert rows == [32, 8] or rows == [32, 16]
+    assert same(*found)
+
+
+@needs_executor
+def test_what_does_not_fit_is_refused_with_the_size_that_does():
+    x = torch.zeros(1000, 2)
+    with pytest.raises(ValueError, match=r"up to 9\d\d points a side here, and 1000 x 1000 do not fit"):
+        otkern.solve_sample(x, x, reg=1.0, backend="cuda")
+
+
+@needs_executor
+def test_explain_names_cluster_and_shared_memory():
+    regime = otkern.explain(
+        torch.zeros(2, 700, 8), torch.zeros(2, 700, 8), reg=1.0, metric="cosine", backend="cuda"
+    ).regime
+    assert "a cluster of 16 blocks of 256 threads" in regime
+    assert "KiB of shared memory" in regime and "formed again" in regime
+    assert "one block" in otkern.explain(torch.zeros(30, 20), reg=1.0, backend="cuda").regime
+
+
+def test_cuda_is_not_chosen_unless_asked_for():
+    assert backends.choose(None, "cpu") != "cuda"
+    if cuda.missing("cuda") is None:
+        assert backends.choose(None, "cuda") != "cuda"
+        assert any(
+            name == "cuda" and "timed" in why for name, why in backends.refusals("cuda", "alternating", 1.0, "envelope")
+        )
+
+
+def test_cpu_tensors_are_refused_without_the_executor(monkeypatch):
+    monkeypatch.delenv("OTKERN_CUDA_EXECUTOR", raising=False)
+    cuda.missing.cache_clear()
+    backends.unavailable.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="can run here, but 'cuda' cannot: the cuda backend takes CUDA tensors"):
+            otkern.solve(torch.zeros(2, 2), reg=1.0, backend="cuda")
+    finally:
+        monkeypatch.undo()
+        cuda.missing.cache_clear()
+        backends.unavailable.cache_clear()
