@@ -10,6 +10,7 @@
 //   block_rank(), cluster_blocks()                  of the block in its cluster
 //   sync_block(), sync_cluster()   every thread of the block, of the cluster
 //   shuffle_xor(x, mask)           the value of lane ^ mask; every lane of the warp
+//   multiply_matrices(bf16, a, b, c)   c += a b of 16 x 16 and 16 x 8 numbers of 16 bits, spread over a warp
 //   shared_memory()                the block's dynamic shared memory
 //   map_shared(p, rank)            the address, in block `rank` of the cluster, of the shared `p`
 //   device_limits(device)          what the device allows

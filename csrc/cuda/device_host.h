@@ -65,6 +65,32 @@ inline uint16_t float_to_half(float x) {
     return bits;
 }
 
+inline float number_of(bool bf16, uint32_t word, int half) {
+    const uint16_t bits = uint16_t(word >> (16 * half));
+    if (!bf16) return half_to_float(bits);
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+}
+
+// Feature k of a row is in word k / 8 of lane 4 row + k / 2 % 4; rows from 8 on are in the words between.
+inline void multiply_matrices(bool bf16, const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
+    uint32_t words[3][kWarp][2];
+    host::exchange_in_warp(a, 8, words[0]);
+    host::exchange_in_warp(a + 2, 8, words[1]);
+    host::exchange_in_warp(b, 8, words[2]);
+    const int lane = host::current->thread & (kWarp - 1);
+    for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4, high = e / 2, column = 2 * (lane % 4) + e % 2;
+        for (int k = 0; k < 16; ++k) {
+            const int place = k / 2 % 4, late = k / 8;
+            c[e] += number_of(bf16, words[late][4 * row + place][high], k % 2) *
+                    number_of(bf16, words[2][4 * column + place][late], k % 2);
+        }
+    }
+}
+
 inline float exp_of(float x) {
     return std::exp(x);
 }

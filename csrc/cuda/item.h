@@ -1,4 +1,4 @@
-// One item of a batch: where it stands, its weights, and slices of its cost.
+// One item of a batch: where it stands, its weights, its points.
 #pragma once
 
 #include "team.h"
@@ -106,6 +106,13 @@ struct Cloud {
         if (exponent == nullptr || exponent[local] == 0) return x;
         return scale_by_power(x, -int(exponent[local]));
     }
+    // The same in 16 bits, as the matrix units take it. Powers of two lose nothing but what is far below the largest.
+    OTKERN_DEVICE uint16_t bits(int i, int local, int k) const {
+        if (exponent == nullptr || exponent[local] == 0)
+            return static_cast<const uint16_t *>(data)[offset + i * stride_row + k * stride_col];
+        const float x = float(coordinate(i, local, k));
+        return dtype == Dtype::bf16 ? to_bf16(x) : float_to_half(x);
+    }
     // The power of two by which a row was multiplied, as far as a number can hold it.
     OTKERN_DEVICE T scale(int local) const {
         if (exponent == nullptr || exponent[local] == 0) return 1;
@@ -140,118 +147,6 @@ struct Cloud {
         }
     }
 };
-
-// ---- a slice of the cost ----------------------------------------------------------------------------------------
-
-// Tiles of kTileRows rows and as many columns as give every thread 4 x 4 of them, over kTileFeatures features at once.
-// The rows of the staged tiles are padded so that neither their stores nor their loads meet in one bank.
-constexpr int kTileRows = 32, kTileFeatures = 8, kTilePad = 4;
-
-OTKERN_BOTH int tile_columns(int threads) {
-    return threads / (kTileRows / 4) * 4;
-}
-
-template <class T>
-struct CostTiles {
-    T *x, *y;  // kTileFeatures x (kTileRows + pad), kTileFeatures x (columns + pad)
-
-    OTKERN_BOTH void carve(Carver &carver, int threads) {
-        carver.take(x, kTileFeatures * (kTileRows + kTilePad));
-        carver.take(y, kTileFeatures * (tile_columns(threads) + kTilePad));
-    }
-
-    // cost(i, j) to `out` + i pitch + j for rows first .. first + rows of `a` and all columns; by the whole block,
-    // which is in step before and after. Differences are squared as they are: that keeps the relative accuracy of
-    // distances, and coincident points at exactly 0.
-    OTKERN_DEVICE void form(const Team &team, Metric metric, const Cloud<T> &a, const Cloud<T> &b, int first, int rows,
-                            int columns, T *out, int pitch) {
-        const bool differences = metric == Metric::sqeuclidean || metric == Metric::euclidean;
-        const int wide = tile_columns(team.threads);
-        const int row = team.thread % (kTileRows / 4) * 4, column = team.thread / (kTileRows / 4) * 4;
-        for (int i0 = 0; i0 < rows; i0 += kTileRows)
-            for (int j0 = 0; j0 < columns; j0 += wide) {
-                T sums[16] = {};
-                const bool busy = i0 + row < rows && j0 + column < columns;
-                for (int k0 = 0; k0 < a.features; k0 += kTileFeatures) {
-                    team.sync();
-                    stage(team, a, first + i0, i0, minimum(kTileRows, rows - i0), kTileRows, k0, x);
-                    stage(team, b, j0, j0, minimum(wide, columns - j0), wide, k0, y);
-                    team.sync();
-                    if (!busy) continue;
-                    if (differences)
-                        multiply<true>(row, column, wide, sums);
-                    else
-                        multiply<false>(row, column, wide, sums);
-                }
-                if (busy) write(metric, a, b, i0 + row, j0 + column, rows, columns, sums, out, pitch);
-            }
-        team.sync();
-    }
-
-  private:
-    // Features k0 .. of `count` rows from `from` on, feature by feature; zeros up to `room`.
-    OTKERN_DEVICE static void stage(const Team &team, const Cloud<T> &cloud, int from, int local, int count, int room,
-                                    int k0, T *to) {
-        for (int e = team.thread; e < room * kTileFeatures; e += team.threads) {
-            const int i = e / kTileFeatures, k = e % kTileFeatures;
-            to[k * (room + kTilePad) + i] =
-                i < count && k0 + k < cloud.features ? cloud.coordinate(from + i, local + i, k0 + k) : T(0);
-        }
-    }
-    template <bool differences>
-    OTKERN_DEVICE void multiply(int row, int column, int wide, T (&sums)[16]) const {
-        OTKERN_UNROLL
-        for (int k = 0; k < kTileFeatures; ++k) {
-            const Four<T> xs = load_four(x + k * (kTileRows + kTilePad) + row);
-            const Four<T> ys = load_four(y + k * (wide + kTilePad) + column);
-            OTKERN_UNROLL
-            for (int r = 0; r < 4; ++r) {
-                OTKERN_UNROLL
-                for (int c = 0; c < 4; ++c) {
-                    const T difference = xs.x[r] - ys.x[c];
-                    sums[4 * r + c] += differences ? difference * difference : xs.x[r] * ys.x[c];
-                }
-            }
-        }
-    }
-    OTKERN_DEVICE static void write(Metric metric, const Cloud<T> &a, const Cloud<T> &b, int i0, int j0, int rows,
-                                    int columns, const T (&sums)[16], T *out, int pitch) {
-        OTKERN_UNROLL
-        for (int r = 0; r < 4; ++r) {
-            OTKERN_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                const int i = i0 + r, j = j0 + c;
-                if (i >= rows || j >= columns) continue;
-                T cost = sums[4 * r + c];
-                if (metric == Metric::cosine) cost = 1 - cost * a.inverse_norm[i] * b.inverse_norm[j];
-                if (metric == Metric::dot) cost = -cost;
-                if (metric == Metric::euclidean) cost = root_of(cost);
-                out[int64_t(i) * pitch + j] = cost;
-            }
-        }
-    }
-};
-
-// Rows first .. first + rows of the cost, null points included, to `out`; by the whole block, in step before and after.
-template <class T>
-OTKERN_DEVICE void cost_rows(const Team &team, const Problem &p, const Item<T> &item, CostTiles<T> &tiles,
-                             const Cloud<T> &a, const Cloud<T> &b, int first, int rows, T *out, int pitch) {
-    const int real = maximum(minimum(rows, item.points_a - first), 0);
-    if (p.metric == Metric::cost)
-        for (int i = team.warp; i < real; i += team.warps)
-            for (int j = team.lane; j < item.points_b; j += kWarp)
-                out[int64_t(i) * pitch + j] = load_element<T>(
-                    p.cost.data, p.dtype,
-                    p.cost.stride_b * item.index + (first + i) * p.cost.stride_row + j * p.cost.stride_col);
-    else
-        tiles.form(team, p.metric, a, b, first, real, item.points_b, out, pitch);
-    if (item.m > item.points_b)
-        for (int i = team.thread; i < real; i += team.threads) out[int64_t(i) * pitch + item.points_b] = item.null_cost;
-    if (item.n > item.points_a && rows > real)
-        for (int j = team.thread; j < item.m; j += team.threads)
-            out[int64_t(real) * pitch + j] = j < item.points_b ? item.null_cost : T(0);
-    team.sync();
-}
 
 // An item's part of a (B, N) or (T_a,) tensor is written by the blocks that hold it; the rest of its room is zeros.
 template <class T>

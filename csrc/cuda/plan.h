@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "item.h"
+#include "cost.h"
 #include "launch.h"
 
 namespace otkern {

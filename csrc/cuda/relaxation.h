@@ -10,7 +10,7 @@
 // minimum of potential plus lam.
 #pragma once
 
-#include "item.h"
+#include "cost.h"
 
 namespace otkern {
 namespace cuda {
