@@ -39,13 +39,13 @@ def executor():
     from otkern import _cuda_host
 
     yield _cuda_host
-    _cuda_host.set_order(False)
+    _cuda_host.set_order()
 
 
 def everything(inputs, max_iter=12, schedule=None):
     """All that the backend computes of a batch."""
-    tol = -1.0
-    value, f, g, multipliers, error, iters = cuda.forward(inputs, None, max_iter, tol, schedule)
+    g_init = 3 * torch.rand(inputs.shape_g, generator=torch.Generator().manual_seed(0)).to(inputs.reg.dtype)
+    value, f, g, multipliers, error, iters = cuda.forward(inputs, g_init, max_iter, -1.0, schedule)
     found = [value, f, g, multipliers, error, iters]
     points = inputs.cost is None
     needs = (points, points, not points, True, True)
@@ -100,17 +100,18 @@ def test_absorbed_kernels_have_the_potentials_of_the_log_domain(limits, monkeypa
 
 
 @needs_executor
-@pytest.mark.parametrize("kind", ["balanced", "partial"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_order_of_threads_changes_no_bit(limits, executor, kind):
     schedule = Schedule(eps_start=torch.full((6,), 1.0), eps_factor=0.5)
     for allowed in (SMALL["clusters"], (227 << 10, 16)):
         limits(allowed)
         for metric in ("cosine", "euclidean", "cost"):
-            inputs = make(kind, metric, torch.float32, d=12)
+            inputs = make(kind, metric, torch.float32, d=12)._replace(entropy=kind == "partial")
             forward = everything(inputs, schedule=schedule)
-            executor.set_order(True)
-            assert same(everything(inputs, schedule=schedule), forward)
-            executor.set_order(False)
+            for order in ({"backward": True}, {"ahead": True}, {"backward": True, "ahead": True}):
+                executor.set_order(**order)
+                assert same(everything(inputs, schedule=schedule), forward), (allowed, metric, order)
+            executor.set_order()
 
 
 @needs_executor
@@ -126,7 +127,8 @@ def test_batch_mates_of_other_classes_change_no_bit(limits):
             a=inputs.a[item : item + 1, :n], b=inputs.b[item : item + 1, :m], reg=inputs.reg[item : item + 1],
             lengths_a=None, lengths_b=None, max_a=n, max_b=m,
         )  # fmt: skip
-        value, f, g, *_ = cuda.forward(alone, None, 12, -1.0)
+        g_init = 3 * torch.rand(inputs.shape_g, generator=torch.Generator().manual_seed(0))[item : item + 1, :m]
+        value, f, g, *_ = cuda.forward(alone, g_init, 12, -1.0)
         assert torch.equal(value, together[0][item : item + 1])
         assert torch.equal(f, together[1][item : item + 1, :n]) and torch.equal(g, together[2][item : item + 1, :m])
 

@@ -9,6 +9,7 @@ needs_executor = pytest.mark.skipif(cuda.missing("cpu") is not None, reason=str(
 pytestmark = needs_executor
 
 THREADS, BLOCKS, CLUSTER = 64, 4, 2
+ORDERS = ({}, {"backward": True}, {"ahead": True}, {"backward": True, "ahead": True})
 
 
 @pytest.fixture
@@ -17,13 +18,13 @@ def executor():
     from otkern import _cuda_host
 
     yield _cuda_host
-    _cuda_host.set_order(False)
+    _cuda_host.set_order()
 
 
-@pytest.fixture(params=[False, True], ids=["forward", "backward"])
+@pytest.fixture(params=ORDERS, ids=str)
 def ordered(request, executor):
-    """The same, for both orders of threads."""
-    executor.set_order(request.param)
+    """The same, for each order of threads."""
+    executor.set_order(**request.param)
     return executor
 
 
@@ -38,7 +39,7 @@ def test_a_barrier_shows_what_other_threads_wrote(ordered):
 
 def test_a_missing_barrier_shows_in_another_order(executor):
     forward = probe(executor, "race")
-    executor.set_order(True)
+    executor.set_order(backward=True)
     assert not torch.equal(forward, probe(executor, "race"))
 
 
@@ -66,8 +67,8 @@ def test_unset_shared_memory_is_nan(ordered):
         ("ended_block", "shared memory of a block that has ended"),
     ],
 )
-def test_what_would_hang_or_stray_is_an_error_that_names_the_kernel(ordered, name, words):
+def test_what_would_hang_or_stray_is_an_error_that_names_the_kernel(executor, name, words):
     with pytest.raises(RuntimeError, match=f"{name}_probe_kernel.*({words})"):
-        ordered.probe(name)
+        executor.probe(name)
     # The next grid runs.
-    assert not probe(ordered, "neighbour").isnan().any()
+    assert not probe(executor, "neighbour").isnan().any()

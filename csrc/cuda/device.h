@@ -13,7 +13,7 @@
 //   multiply_matrices(bf16, a, b, c)   c += a b of 16 x 16 and 16 x 8 numbers of 16 bits, spread over a warp
 //   shared_memory()                the block's dynamic shared memory
 //   map_shared(p, rank)            the address, in block `rank` of the cluster, of the shared `p`
-//   device_limits(device)          what the device allows
+//   device_limits(device, kernel)  what the device allows a kernel in clusters
 //   launch(...)                    a grid on a stream; throws std::runtime_error that names the kernel
 #pragma once
 

@@ -50,6 +50,7 @@ OTKERN_DEVICE int cluster_blocks() {
 }
 OTKERN_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
+    __syncwarp();  // the aligned form wants the lanes of a warp together
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
@@ -159,16 +160,69 @@ inline void check(cudaError_t status, const std::string &what) {
     throw std::runtime_error(what + " failed: " + cudaGetErrorString(status));
 }
 
-inline Limits device_limits(int device) {
-    int bytes = 0, major = 0;
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          "asking device " + std::to_string(device) + " for its shared memory");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-          "asking device " + std::to_string(device) + " for its compute capability");
+inline int attribute_of(int device, cudaDeviceAttr which, const char *what) {
+    int number = 0;
+    check(cudaDeviceGetAttribute(&number, which, device),
+          "asking device " + std::to_string(device) + " for its " + what);
+    return number;
+}
+
+// All the shared memory that the device lets a block have, whatever a launch asks for: the attribute belongs to the
+// kernel, and another thread may be launching it, too.
+inline cudaError_t allow_memory(const void *function, int device) {
+    int most = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess) return status;
+    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+// Eight blocks are what every device with clusters takes; more have to be asked for.
+inline cudaError_t allow_cluster(const void *function, int cluster) {
+    if (cluster <= 8) return cudaSuccess;
+    return cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+struct LaunchConfiguration {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster;
+
+    LaunchConfiguration(const Grid &grid, void *stream) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = unsigned(grid.cluster);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(unsigned(grid.blocks));
+        config.blockDim = dim3(unsigned(grid.threads));
+        config.dynamicSmemBytes = size_t(grid.shared_bytes);
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &cluster;
+        config.numAttrs = grid.cluster > 1 ? 1 : 0;
+    }
+    LaunchConfiguration(const LaunchConfiguration &) = delete;
+    LaunchConfiguration &operator=(const LaunchConfiguration &) = delete;
+};
+
+// The shared memory of a block, and the largest cluster of blocks with all of it that the device can hold: that depends
+// on how its multiprocessors are grouped, and on what of it one is given.
+template <class Argument>
+Limits device_limits(int device, void (*kernel)(const Argument)) {
+    const DeviceGuard guard(device);
+    const void *function = reinterpret_cast<const void *>(kernel);
     Limits limits;
-    limits.shared_bytes = bytes;
-    // 16 are for the data-centre parts of these two; others take the portable size.
-    limits.cluster = major < 9 ? 1 : major <= 10 ? 16 : 8;
+    limits.shared_bytes = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared memory");
+    if (attribute_of(device, cudaDevAttrClusterLaunch, "clusters") == 0) return limits;
+    check(allow_memory(function, device), "allowing a kernel its shared memory");
+    for (int cluster = kMostCluster; cluster > 1 && limits.cluster == 1; cluster /= 2) {
+        Grid grid;
+        grid.blocks = grid.cluster = cluster;
+        grid.threads = kThreads;
+        grid.shared_bytes = limits.shared_bytes;
+        const LaunchConfiguration launch(grid, nullptr);
+        int fit = 0;
+        if (allow_cluster(function, cluster) == cudaSuccess &&
+            cudaOccupancyMaxActiveClusters(&fit, function, &launch.config) == cudaSuccess && fit > 0)
+            limits.cluster = cluster;
+        cudaGetLastError();  // a size that is refused is an answer, not an error
+    }
     return limits;
 }
 
@@ -185,24 +239,12 @@ void launch(const char *name, void (*kernel)(const Argument), const Grid &grid, 
     if (grid.blocks == 0) return;
     const DeviceGuard guard(stream.device);
     const void *function = reinterpret_cast<const void *>(kernel);
-    check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes)),
-                 name, grid);
-    // Eight blocks are what every device takes; more have to be asked for.
-    if (grid.cluster > 8)
-        check_launch(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name, grid);
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(grid.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(grid.blocks));
-    config.blockDim = dim3(unsigned(grid.threads));
-    config.dynamicSmemBytes = size_t(grid.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream.handle);
-    config.attrs = &cluster;
-    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+    const LaunchConfiguration launch(grid, stream.handle);
     void *arguments[] = {const_cast<Argument *>(&argument)};
-    check_launch(cudaLaunchKernelExC(&config, function, arguments), name, grid);
+    cudaError_t status = allow_cluster(function, grid.cluster);
+    if (status == cudaSuccess) status = allow_memory(function, stream.device);
+    if (status == cudaSuccess) status = cudaLaunchKernelExC(&launch.config, function, arguments);
+    check_launch(status, name, grid);
 }
 
 }  // namespace cuda

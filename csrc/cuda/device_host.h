@@ -125,7 +125,8 @@ inline int exponent_of_number(double x) {
 }
 
 // As a device of compute capability 9 or 10.
-inline Limits device_limits(int) {
+template <class Argument>
+Limits device_limits(int, void (*)(const Argument)) {
     Limits limits;
     limits.shared_bytes = 227 << 10;
     limits.cluster = kMostCluster;

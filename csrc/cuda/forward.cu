@@ -133,8 +133,9 @@ OTKERN_KERNEL sinkhorn_forward_kernel(OTKERN_ARGUMENT ForwardArguments arguments
 
 }  // namespace
 
+// The forward's kernel is the one with the largest clusters.
 Limits limits_of_device(int device) {
-    return device_limits(device);
+    return device_limits(device, sinkhorn_forward_kernel<float>);
 }
 
 int64_t forward_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions) {

@@ -111,7 +111,7 @@ class Executor {
 
     void (*function)(const void *) = nullptr;
     const void *argument = nullptr;
-    Order order = Order::forward;
+    Order order;
 
   private:
     void reserve(const Grid &grid);
@@ -122,6 +122,17 @@ class Executor {
     void push(Fiber *fiber) {
         queue[back] = fiber;
         back = back + 1 == int(queue.size()) ? 0 : back + 1;
+    }
+
+    Fiber *pop() {
+        const int last = int(queue.size()) - 1;
+        if (order.ahead) {
+            back = back == 0 ? last : back - 1;
+            return queue[back];
+        }
+        Fiber *const fiber = queue[front];
+        front = front == last ? 0 : front + 1;
+        return fiber;
     }
 
     std::string kernel;
@@ -196,7 +207,7 @@ void Executor::start_cluster(int64_t first_block, const Grid &grid) {
 
 // Fibers [first, first + count) can go on.
 void Executor::release(int first, int count) {
-    for (int k = 0; k < count; ++k) push(&fibers[order == Order::forward ? first + k : first + count - 1 - k]);
+    for (int k = 0; k < count; ++k) push(&fibers[order.backward ? first + count - 1 - k : first + k]);
 }
 
 // From a fiber that waits to the next one that can go on; to the scheduler if there is none.
@@ -206,8 +217,7 @@ void Executor::next() {
         otkern_switch(&from->stack_pointer, scheduler);
         return;
     }
-    current = queue[front];
-    front = front + 1 == int(queue.size()) ? 0 : front + 1;
+    current = pop();
     if (current != from) otkern_switch(&from->stack_pointer, current->stack_pointer);
 }
 
@@ -291,7 +301,7 @@ void Executor::run(const char *name, const Grid &grid, void (*run)(const void *)
         start_cluster(block, grid);
         Fiber outside{};  // stands for the scheduler
         current = &outside;
-        current = queue[front++];
+        current = pop();
         otkern_switch(&scheduler, current->stack_pointer);
         check_cluster(grid);
     }
@@ -311,7 +321,7 @@ void exchange_in_warp(const void *mine, size_t size, void *all) {
 char *map_address(char *pointer, int rank) {
     return executor.map_address(pointer, rank);
 }
-void set_order(Order order) {
+void set_order(const Order &order) {
     executor.order = order;
 }
 

@@ -145,7 +145,7 @@ OTKERN_DEVICE void Adjoint<T>::read() {
         at.points_x.measure(team, first_row, rows);
         at.points_y.measure(team, 0, item.m);
     }
-    team.sync();
+    team.sync_all();
 }
 
 // E. Between two points without weight E could be infinite; no sum wants it, and it is 0. At one such point it may

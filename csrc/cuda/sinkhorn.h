@@ -173,7 +173,7 @@ OTKERN_DEVICE void Sinkhorn<T>::read() {
         at.x.measure(team, first_row, maximum(0, minimum(rows, item.points_a - first_row)));
         at.y.measure(team, 0, item.points_b);
     }
-    team.sync();
+    team.sync_all();  // from here on others write into the vectors of all columns
 }
 
 // The cost of the block's rows; by the whole block. The tiles take the place of the partial sums, which other blocks
