@@ -41,7 +41,8 @@ otkern::Problem make_problem(std::int64_t batch, std::int64_t max_a, std::int64_
                              std::int64_t total_b, std::int64_t features, int dtype, int metric,
                              const MatrixArguments &x_a, const MatrixArguments &x_b, const MatrixArguments &cost,
                              Address a, Address b, Address reg, int kind, bool entropy, Address relaxation,
-                             Address lengths_a, Address lengths_b, Address cu_seqlens_a, Address cu_seqlens_b) {
+                             Address lengths_a, Address lengths_b, Address cu_seqlens_a, Address cu_seqlens_b,
+                             std::int64_t n_pairs) {
     otkern::Problem problem;
     problem.batch = batch;
     problem.max_a = max_a;
@@ -64,6 +65,7 @@ otkern::Problem make_problem(std::int64_t batch, std::int64_t max_a, std::int64_
     problem.lengths_b = pointer<const std::int32_t>(lengths_b);
     problem.cu_seqlens_a = pointer<const std::int32_t>(cu_seqlens_a);
     problem.cu_seqlens_b = pointer<const std::int32_t>(cu_seqlens_b);
+    problem.n_pairs = n_pairs;
     return problem;
 }
 
@@ -107,7 +109,7 @@ BadInput forward(const otkern::Problem &problem, Address g_init, Address eps_sta
 }
 
 BadInput symmetric(const otkern::Problem &problem, Address eps_start, Address n_steps, double eps_factor,
-                   double cost_floor, std::int64_t n_cross, bool check, std::int64_t store_bytes, Address s_a,
+                   double cost_floor, bool check, std::int64_t store_bytes, Address s_a,
                    Address s_b, Address f, Address g, Address r_a, Address r_b, int threads) {
     otkern::SymmetricCall call;
     call.problem = problem;
@@ -115,7 +117,6 @@ BadInput symmetric(const otkern::Problem &problem, Address eps_start, Address n_
     call.n_steps = pointer<const std::int32_t>(n_steps);
     call.eps_factor = eps_factor;
     call.cost_floor = cost_floor;
-    call.n_cross = n_cross;
     call.check = check;
     call.store_bytes = store_bytes;
     call.s_a = pointer(s_a);
@@ -243,14 +244,14 @@ PYBIND11_MODULE(_native, module) {
              py::arg("total_a"), py::arg("total_b"), py::arg("features"), py::arg("dtype"), py::arg("metric"),
              py::arg("x_a"), py::arg("x_b"), py::arg("cost"), py::arg("a"), py::arg("b"), py::arg("reg"),
              py::arg("kind"), py::arg("entropy"), py::arg("relaxation"), py::arg("lengths_a"), py::arg("lengths_b"),
-             py::arg("cu_seqlens_a"), py::arg("cu_seqlens_b"));
+             py::arg("cu_seqlens_a"), py::arg("cu_seqlens_b"), py::arg("n_pairs"));
     module.def("cpu_forward", &forward, py::arg("problem"), py::kw_only(), py::arg("g_init"), py::arg("eps_start"),
                py::arg("eps_factor"), py::arg("max_iter"), py::arg("tol"), py::arg("check"), py::arg("store_bytes"),
                py::arg("value"), py::arg("f"), py::arg("g"), py::arg("multipliers"), py::arg("marginal_error"),
                py::arg("n_iters"), py::arg("threads"),
                "Returns None, or (item, argument) of the first item with bad input: argument 0 x_a, 1 x_b, 2 cost.");
     module.def("cpu_symmetric", &symmetric, py::arg("problem"), py::kw_only(), py::arg("eps_start"), py::arg("n_steps"),
-               py::arg("eps_factor"), py::arg("cost_floor"), py::arg("n_cross"), py::arg("check"),
+               py::arg("eps_factor"), py::arg("cost_floor"), py::arg("check"),
                py::arg("store_bytes"), py::arg("s_a"), py::arg("s_b"), py::arg("f"), py::arg("g"), py::arg("r_a"),
                py::arg("r_b"), py::arg("threads"), "Returns what cpu_forward returns.");
     module.def("cpu_backward", &backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),

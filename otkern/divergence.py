@@ -47,7 +47,10 @@ def sinkhorn_divergence(
         NotImplementedError: ``mass`` or ``null_cost``, for which no divergence is defined.
 
     Note:
-        Costs cannot be debiased, only points: a cost between two clouds does not say what it is within each.
+        A cloud with itself is solved with one potential, equation (27), which converges much faster than two: with
+        iterations cut short at a small ``reg`` OT(a, b) is further from its end than the others, and the divergence may
+        be below 0. A ``tol`` says when. Costs cannot be debiased, only points: a cost between two clouds does not say
+        what it is within each.
 
     Example:
         >>> import torch, otkern

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from otkern import backends
 from otkern.arguments import read_costs, read_points
+from otkern.debiasing import check_kind
 from otkern.solve import Call, read_call, solve, solve_sample
-from otkern.stacking import check_kind, stacked
 
 
 class Explanation(NamedTuple):
@@ -90,5 +90,7 @@ def _read(X_a: Tensor, X_b: Tensor | None, a: Tensor | None, b: Tensor | None, o
     )
     if p.get("debias"):
         check_kind(call.inputs)
-        call = call._replace(inputs=stacked(call.inputs))
+        # The larger cloud with itself is the largest problem.
+        longest = max(call.inputs.max_a, call.inputs.max_b)
+        call = call._replace(inputs=call.inputs._replace(max_a=longest, max_b=longest))
     return call

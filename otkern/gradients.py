@@ -103,8 +103,15 @@ def of_value(
     needs_a, needs_b, needs_reg, needs_relaxation = needs[3:7]
     ratios = needs_a or needs_b or potentials_too or (needs_relaxation and inputs.kind == "unbalanced")
     ratios = ratios or (needs_reg and inputs.entropy)
-    sums = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, dvalue, [*needs[:3], ratios, needs_reg], backend)
+    of_points, of_x_b = dvalue, needs[1]
+    if inputs.first_self >= 0:
+        # P is symmetric: the gradient of one side, counted twice, is that of the cloud.
+        of_points = torch.cat([dvalue[: inputs.n_pairs], 2 * dvalue[inputs.n_pairs :]])
+        of_x_b = of_x_b and inputs.first_self > 0
+    wanted = [needs[0], of_x_b, needs[2], ratios, needs_reg]
+    sums = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, of_points, wanted, backend)
     dx_a, dx_b, dcost, ratio_a, ratio_b, entropy = sums
+    dx_b = dx_b if of_x_b else None
     da = db = dreg = drelaxation = df = dg = dmultipliers = None
     if any(needs[3:7]) or potentials_too:
         row, column = Side(inputs, f, multipliers, True), Side(inputs, g, multipliers, False)

@@ -27,7 +27,7 @@ from otkern.problem import Inputs, PlanWeights, Schedule, check_values, check_wa
 _PROBLEM = (
     "Tensor? x_a, Tensor? x_b, Tensor? cost, Tensor? a, Tensor? b, Tensor reg, Tensor? relaxation, "
     "Tensor? lengths_a, Tensor? lengths_b, Tensor? cu_seqlens_a, Tensor? cu_seqlens_b, "
-    "SymInt max_a, SymInt max_b, str metric, str kind, bool entropy"
+    "SymInt max_a, SymInt max_b, str metric, str kind, bool entropy, SymInt first_self"
 )
 _N_PROBLEM = len(Inputs._fields)
 _N_TENSORS = Inputs._fields.index("max_a")
@@ -124,12 +124,11 @@ def symmetric(
     n_steps: Tensor,
     eps_factor: float,
     cost_floor: float,
-    n_cross: int,
     check: bool,
     backend: str,
 ):
     """(s_a, s_b, ...) of GeomLoss's loop; s_a is differentiable with respect to x_a, s_b to x_b, equation (24)."""
-    loop = (eps_start, n_steps, eps_factor, cost_floor, n_cross)
+    loop = (eps_start, n_steps, eps_factor, cost_floor)
     return torch.ops.otkern.symmetric(*inputs, *loop, check, backend)
 
 
@@ -213,6 +212,7 @@ class _Sinkhorn(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient is to be differentiated again, and then the potentials move with the problem.
             f, g, multipliers = potentials(inputs, f, g, multipliers, ctx.how, ctx.backend)
+            inputs = inputs._replace(first_self=-1)  # the two sides of a self item by themselves: see second_order
         grads = gradients.of_value(
             inputs, f, g, multipliers, dvalue.contiguous(), list(need[:_N_DIFFERENTIABLE]), False, ctx.backend
         )
@@ -571,7 +571,7 @@ _define(
 _define("plan", f"({_PROBLEM}, Tensor f, Tensor g, str backend) -> Tensor", _plan, _plan_fake)
 _define(
     "symmetric",
-    f"({_PROBLEM}, Tensor eps_start, Tensor n_steps, float eps_factor, float cost_floor, SymInt n_cross, bool check, "
+    f"({_PROBLEM}, Tensor eps_start, Tensor n_steps, float eps_factor, float cost_floor, bool check, "
     "str backend) -> (Tensor s_a, Tensor s_b, Tensor f, Tensor g, Tensor r_a, Tensor r_b)",
     _symmetric,
     _symmetric_fake,

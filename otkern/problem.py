@@ -47,10 +47,18 @@ class Inputs(NamedTuple):
     # The plan's KL term refers to the constant exp(-1) in place of a ⊗ b: the entropy of reg_type="entropy". Only where
     # that changes the plan, "unbalanced" and "partial".
     entropy: bool = False
+    # Items from this one on match a cloud with itself: both sides hold the same points, weights and rho, and one
+    # potential serves both. -1: there is none. Kinds "balanced" and "unbalanced", without the entropy.
+    first_self: int = -1
 
     @property
     def batch(self) -> int:
         return self.reg.shape[0]
+
+    @property
+    def n_pairs(self) -> int:
+        """How many items, the first ones, match two clouds."""
+        return self.batch if self.first_self < 0 else self.first_self
 
     @property
     def packed(self) -> bool:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from otkern import backends, ops, stacking
+from otkern import backends, debiasing, ops
 from otkern.arguments import is_number, read_points, read_relaxation
 from otkern.problem import Inputs, bounding_box, item_sums, masses, weights_of
 from otkern.solve import Integers, solve_sample
@@ -134,28 +134,26 @@ class SamplesLoss(nn.Module):
 
     def _loop(self, inputs: Inputs, unit: float, backend: str):
         """The potentials (f, g) between the clouds and (f, g) within them, the latter None without ``debias``."""
-        check, cross = inputs.device.type == "cpu", inputs.batch
+        check, floor = inputs.device.type == "cpu", LEAST_DISTANCE if self.p == 1 else 0.0
         eps_start, n_steps = self._ladder(inputs, unit)
-        problem = stacking.stacked(inputs) if self.debias else inputs
+
+        def solve(problem: Inputs) -> tuple[Tensor, ...]:
+            copies = problem.batch // max(inputs.batch, 1)
+            loop = (eps_start.repeat(copies), n_steps.repeat(copies), self.scaling**self.p, floor)
+            s_a, s_b, _, _, r_a, r_b = ops.symmetric(problem, *loop, check, backend)
+            # A point that reaches nothing has an infinite soft minimum; 0 stands for it, also where there is no weight.
+            return tuple(
+                torch.where((ratio == 0) & (weights_of(problem, side_a) > 0), math.inf, s)
+                for s, ratio, side_a in ((s_a, r_a, True), (s_b, r_b, False))
+            )
+
         if self.debias:
-            eps_start, n_steps = eps_start.repeat(3), n_steps.repeat(3)
-        floor = LEAST_DISTANCE if self.p == 1 else 0.0
-        loop = (eps_start, n_steps, self.scaling**self.p, floor, cross)
-        s_a, s_b, _, _, r_a, r_b = stacking.on_stack(
-            inputs, check, lambda: ops.symmetric(problem, *loop, check, backend)
-        )
-        # A point that reaches nothing has an infinite soft minimum; 0 stands for it, also where there is no weight.
-        s_a, s_b = (
-            torch.where((ratio == 0) & (weights_of(problem, side_a) > 0), math.inf, s)
-            for s, ratio, side_a in ((s_a, r_a, True), (s_b, r_b, False))
-        )
-        f_self = g_self = None
-        if self.debias:
-            s_a, f_self, g_self = stacking.row_parts(inputs, problem, s_a)
-            s_b = stacking.column_part(inputs, problem, s_b)
+            pair, (f_self, _), (g_self, _) = debiasing.solve_three(inputs, check, backend, solve, ("row", "column"))
+        else:
+            pair, f_self, g_self = solve(inputs), None, None
         # equation (13)
         damping = 1.0 if self.reach is None else 1 / (1 + (self.blur / self.reach) ** self.p)
-        return tuple(None if s is None else damping * s for s in (s_a, s_b, f_self, g_self))
+        return tuple(None if s is None else damping * s for s in (*pair, f_self, g_self))
 
     def _ladder(self, inputs: Inputs, unit: float) -> tuple[Tensor, Tensor]:
         """The first epsilon of each item and how many lie between it and the last one, equation (23); (B,) each."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otkern import backends, ops, stacking
+from otkern import backends, debiasing, ops
 from otkern.arguments import is_number, read_costs, read_points, read_potential, read_relaxation
 from otkern.problem import Inputs, cost_scale, item_sizes, item_sums, masses, row_mask
 from otkern.result import OTResult
@@ -201,7 +201,7 @@ def solve_sample(
     call = read_call(
         inputs, batched, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
     )
-    return stacking.run_debiased(call) if debias else run(call)
+    return debiasing.run_debiased(call) if debias else run(call)
 
 
 def solve_batch(

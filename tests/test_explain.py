@@ -47,7 +47,7 @@ def test_what_the_call_refuses_is_refused():
         otkern.explain(x, x, reg=-1.0)
 
 
-def test_a_debiased_call_is_explained_as_the_stack_it_runs():
+def test_a_debiased_call_is_explained_as_what_it_runs():
     x, y = torch.rand(6, 3), torch.rand(9, 3)
     assert "9 x 9" in otkern.explain(x, y, reg=0.1, debias=True, backend="cpu").regime
     with pytest.raises(NotImplementedError, match="debias"):

@@ -367,11 +367,11 @@ def test_the_op_keeps_its_contract_with_torch(loop_backend, device, kind):
     if kind == "unbalanced":
         inputs = inputs._replace(kind=kind, relaxation=torch.full((3, 2), 0.7, dtype=x.dtype, device=device))
     start, steps = torch.full_like(inputs.reg, 2), torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
-    torch.library.opcheck(torch.ops.otkern.symmetric, (*inputs, start, steps, 0.5, 0.0, 3, False, loop_backend))
+    torch.library.opcheck(torch.ops.otkern.symmetric, (*inputs, start, steps, 0.5, 0.0, False, loop_backend))
 
     def soft_minima(x, y):
         problem = inputs._replace(x_a=x, x_b=y)
-        return ops.symmetric(problem, start, steps, 0.5, 0.0, 3, False, loop_backend)
+        return ops.symmetric(problem, start, steps, 0.5, 0.0, False, loop_backend)
 
     s_a, s_b, f, g, r_a, r_b = soft_minima(x, y)
     cost = (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(3)

@@ -10,7 +10,8 @@ import torch
 import otkern
 from otkern import backends
 from otkern.backends import reference
-from otkern.problem import Inputs
+from otkern.debiasing import stacked
+from otkern.problem import Inputs, Schedule
 from tests.problems import Problem, exact_value, make_weights, plain_value
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +32,7 @@ def small_classes(monkeypatch):
     from otkern.backends.triton import launch
 
     monkeypatch.setattr(launch, "FORWARD", {dtype: entries[:1] for dtype, entries in launch.FORWARD.items()})
+    monkeypatch.setattr(launch, "RELAXED", {dtype: entries[:1] for dtype, entries in launch.RELAXED.items()})
 
 
 def make_inputs(sizes, d=5, metric="cosine", reg=0.1, dtype=torch.float32, seed=0) -> Inputs:
@@ -115,6 +117,36 @@ def test_problems_beyond_one_program_stop_one_by_one(triton_backend, small_class
     actual = triton_backend.forward(inputs, None, 12, 1e-3)
     assert actual[5][0] != actual[5][1]
     assert_as_accurate_as_plain(actual, inputs, 12, 1e-3)
+
+
+def relaxed_stack(rho: float | None) -> Inputs:
+    """Pairs and clouds with themselves of several size classes, in float64."""
+    inputs = make_inputs([(9, 7), (40, 35), (21, 1)], metric="sqeuclidean", reg=2.0, dtype=torch.float64)
+    if rho is not None:
+        relaxation = torch.full((inputs.batch, 2), rho, dtype=torch.float64, device=DEVICE)
+        inputs = inputs._replace(kind="unbalanced", relaxation=relaxation)
+    return stacked(inputs)
+
+
+@pytest.mark.parametrize("rho", [None, 0.7, 0.01])
+def test_the_loop_of_geomloss_beyond_one_program_is_that_of_the_reference(triton_backend, small_classes, rho):
+    inputs = relaxed_stack(rho)
+    start = torch.linspace(1, 30, inputs.batch, dtype=torch.float64, device=DEVICE)
+    loop = (start, torch.arange(inputs.batch, dtype=torch.int32, device=DEVICE) % 3, 0.3, 1e-4)
+    for mine, want in zip(triton_backend.symmetric(inputs, *loop), reference.symmetric(inputs, *loop), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("rho", [None, 0.7, 0.01])
+@pytest.mark.parametrize(("tol", "max_iter"), [(-1.0, 3), (1e-3, 30), (1e-12, 4)])
+def test_clouds_with_themselves_beyond_one_program_are_those_of_the_reference(
+    triton_backend, small_classes, rho, tol, max_iter
+):
+    inputs = relaxed_stack(rho)
+    schedule = Schedule(eps_start=4 * inputs.reg, eps_factor=0.5) if tol == 1e-3 else None
+    outputs = triton_backend.forward(inputs, None, max_iter, tol, schedule)
+    for mine, want in zip(outputs, reference.forward(inputs, None, max_iter, tol, schedule), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-10, atol=1e-11)
 
 
 def test_gradients_over_several_tiles_match_the_reference(triton_backend, monkeypatch):

@@ -51,14 +51,28 @@ def launches(everything: bool = True, large: bool = False):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from otkern.backends.triton import launch, launch_implicit, launch_plan, launch_relaxed
+    from otkern.backends.triton import (
+        launch,
+        launch_forward,
+        launch_implicit,
+        launch_plan,
+        launch_relaxed,
+        launch_symmetric,
+    )
 
     recorded = []
     launch.on_device = lambda device: contextlib.nullcontext()
     modules = (
-        *(launch.onchip_forward, launch.global_forward, launch_relaxed.onchip_relaxed, launch_relaxed.global_relaxed),
+        *(
+            launch_forward.onchip_forward,
+            launch.global_forward,
+            launch_relaxed.onchip_relaxed,
+            launch_relaxed.global_relaxed,
+        ),
+        *(launch_symmetric.onchip_annealed, launch_symmetric.global_symmetric),
         *(launch_plan.plan_products, launch_implicit.conjugate_gradients),
     )
+    launch_symmetric.longest_ladder = lambda n_steps: 1
     kernels = {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
     for module in modules:
         for name, kernel in kernels.items():
@@ -75,6 +89,8 @@ def launches(everything: bool = True, large: bool = False):
                 full = everything and dtype == torch.float32
                 if regular and (full or (fewer and (everything or dtype != torch.bfloat16))):
                     run_other_kinds(*problem(torch, dtype, metric, regular, *sizes))
+                    if metric != "cost":
+                        run_symmetric(*problem(torch, dtype, metric, regular, *sizes))
             for entry in recorded[recorded_before:]:
                 entry["label"] += f" {str(dtype).split('.')[1]} {metric}{'' if regular else ' irregular'}"
     return recorded
@@ -118,9 +134,9 @@ def problem(torch, dtype, metric, regular: bool, N: int, M: int):
 
 def run_balanced(inputs, needs, new) -> None:
     """The balanced solve, its gradients and products."""
-    from otkern.backends.triton import launch, launch_plan
+    from otkern.backends.triton import launch_forward, launch_plan
 
-    value, f, g, *_ = launch.forward(inputs, None, 1, -1.0)
+    value, f, g, *_ = launch_forward.forward(inputs, None, 1, -1.0)
     launch_plan.backward(inputs, f, g, value, needs)
     launch_plan.apply(inputs, f, g, new(2, inputs.max_b, 64), False, False)
 
@@ -134,6 +150,17 @@ def run_other_kinds(inputs, needs, new) -> None:
     _, f, g, *_ = launch_relaxed.forward(inputs, None, 1, -1.0, Schedule(eps_start=inputs.reg))
     launch_plan.plan_backward(inputs, f, g, PlanWeights(inputs.reg), needs)
     launch_implicit.implicit(inputs, f, g, (f, g, f, g), f, g, False, 1e-6, 1)
+
+
+def run_symmetric(inputs, needs, new) -> None:
+    """Clouds with themselves, and the loop of GeomLoss."""
+    from otkern.backends.triton import launch_forward, launch_relaxed, launch_symmetric
+    from otkern.problem import Schedule
+
+    inputs = inputs._replace(first_self=1)
+    launch_forward.forward(inputs, None, 1, -1.0)
+    launch_relaxed.forward(inputs, None, 1, -1.0, Schedule(eps_start=inputs.reg))
+    launch_symmetric.annealed(inputs, inputs.reg, new(2).int(), 0.5, 0.0)
 
 
 class Recorder:
@@ -277,6 +304,9 @@ def test_all_kernels_are_launched_and_128_points_by_one_program():
         "enlarged_weights_kernel",
         "half_update_relaxed_kernel",
         "finish_relaxed_kernel",
+        "onchip_annealed_kernel",
+        "averaged_update_kernel",
+        "finish_self_kernel",
         "plan_backward_kernel",
         "reg_backward_kernel",
         "plan_apply_kernel",
@@ -290,6 +320,8 @@ def test_all_kernels_are_launched_and_128_points_by_one_program():
     for name in ("onchip_forward_kernel", "onchip_relaxed_forward_kernel", "onchip_implicit_kernel"):
         onchip = {tuple(label[1:4]) for label in labels if label[0] == name}
         assert onchip >= {("128", "float32", metric) for metric in ("sqeuclidean", "cosine", "cost")}
+    annealed = {tuple(label[1:4]) for label in labels if label[0] == "onchip_annealed_kernel"}
+    assert ("128", "float32", "sqeuclidean") in annealed
 
 
 def test_grids_of_large_problems_stay_within_the_limits_of_cuda():

@@ -80,6 +80,7 @@ struct Backward {
     PlanInputs<T> in;
     PlanWeights<T> given;
     int64_t panel;
+    bool half;            // of a cloud with itself: dx_b is left 0
     bool general;         // rows by weighted_row, which every case could use, or by the faster plan_row
     bool past_caches;     // the gradients of the whole batch are more than the caches hold
     T *plan, *weights;    // panel x cols; the weights of the points' products, or the plan itself where that is them
@@ -93,6 +94,7 @@ struct Backward {
         : call(call_), item(item_), team(team_), panel(panel_size(item_, team_)) {
         const Problem &p = item.problem;
         const int64_t points = p.cu_seqlens_a ? p.total_a + p.total_b : p.batch * (p.max_a + p.max_b);
+        half = item.same && call.scale == nullptr;
         general = call.scale != nullptr || unweighted_points();
         past_caches = kCanStream && points * p.features * int64_t(sizeof(T)) >= (int64_t(8) << 20);
     }
@@ -126,7 +128,7 @@ struct Backward {
         }
         if (separate_weights()) carver.take(weights, panel * item.cols);
         carver.take(tile_sums, team.size * kTileRows * item.stride);
-        if (call.dx_b && panel < item.n) carver.take(sums_y, item.cloud_rows(item.m) * item.stride);
+        if (call.dx_b && !half && panel < item.n) carver.take(sums_y, item.cloud_rows(item.m) * item.stride);
     }
 
     void run(T dvalue);
@@ -194,7 +196,7 @@ void Backward<T>::row_products(int64_t first, int64_t begin, int64_t end, T dval
 // Columns [begin, end) take in the panel's `count` rows; after the last panel they are complete.
 template <class T>
 void Backward<T>::column_products(int64_t first, int64_t count, int64_t begin, int64_t end, T dvalue) {
-    if (call.dx_b)
+    if (call.dx_b && !half)
         for (int64_t j = begin; j < end; j += kTileRows) {
             const int64_t stop = minimum(j + kTileRows, end), last = minimum(stop, item.m);
             T *sums = sums_y ? sums_y + j * item.stride : own_sums();
@@ -313,8 +315,9 @@ void clear(const BackwardCall &call, const Item<T> &item, bool everything) {
     const Problem &p = item.problem;
     const Dtype compute = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
     const int64_t n = everything ? 0 : item.n, m = everything ? 0 : item.m;
+    const int64_t points_b = item.same && call.scale == nullptr ? 0 : m;
     zero(call.dx_a, p.dtype, (item.first_a + n) * p.features, (item.room_a - n) * p.features);
-    zero(call.dx_b, p.dtype, (item.first_b + m) * p.features, (item.room_b - m) * p.features);
+    zero(call.dx_b, p.dtype, (item.first_b + points_b) * p.features, (item.room_b - points_b) * p.features);
     zero(call.sum_a, compute, item.first_a + n, item.room_a - n);
     zero(call.sum_b, compute, item.first_b + m, item.room_b - m);
     if (call.dcost) {

@@ -25,6 +25,7 @@ struct Matrix {
 struct Problem {
     int64_t batch = 0, max_a = 0, max_b = 0, features = 0;
     int64_t total_a = 0, total_b = 0;  // rows of a packed tensor
+    int64_t n_pairs = 0;  // items from this one on match a cloud with itself: one potential serves both sides
     Dtype dtype = Dtype::f32;
     Metric metric = Metric::sqeuclidean;
     Matrix x_a, x_b, cost;
@@ -62,7 +63,6 @@ struct SymmetricCall {
     const int32_t *n_steps = nullptr;  // (batch,)
     double eps_factor = 1;
     double cost_floor = 0;  // smaller costs count as this
-    int64_t n_cross = 0;    // from this item on both sides are the same cloud with the same weights
     bool check = true;
     int64_t store_bytes = 0;  // as for the forward
     // The potentials f, g, their soft minima, and the sums r of equation (24), which are 1 but for rounding.
@@ -72,7 +72,8 @@ struct SymmetricCall {
 };
 
 // Gradients that need the plan. Two uses, told apart by `scale`:
-//   nullptr   the gradient of the value, at fixed potentials: W = dvalue P; ratios r, c and entropies for dvalue = 1
+//   nullptr   the gradient of the value, at fixed potentials: W = dvalue P; ratios r, c and entropies for dvalue = 1.
+//             Of a cloud with itself dx_b, which would equal dx_a, is left 0
 //   given     W_ij = P_ij H_ij + b_j E_ij row_i + a_i E_ij col_j with H_ij = scale + cost_scale C_ij + dense_ij
 struct BackwardCall {
     Problem problem;

@@ -68,7 +68,7 @@ std::vector<double> work_of(const Problem &p, double products, double passes) {
                          : p.lengths_b  ? p.lengths_b[i]
                                         : p.max_b;
         const double features = p.metric == Metric::cost ? 0 : double(p.features);
-        work[i] = n * m * (products * features + passes) + (n + m) * features;
+        work[i] = (n * m * (products * features + passes) + (n + m) * features) * (i < p.n_pairs ? 1 : 0.5);
     }
     return work;
 }
@@ -130,8 +130,7 @@ void implicit(ImplicitCall &call, int threads) {
 void symmetric(SymmetricCall &call, int threads) {
     std::vector<double> work = work_of(call.problem, 1, 20);
     const std::vector<double> step = work_of(call.problem, 0, 30);
-    for (int64_t i = 0; i < call.problem.batch; ++i)
-        work[i] = (work[i] + (4 + call.n_steps[i]) * step[i]) * (i < call.n_cross ? 1 : 0.5);
+    for (int64_t i = 0; i < call.problem.batch; ++i) work[i] += (4 + call.n_steps[i]) * step[i];
     run_call(call, kernels().symmetric, work, threads);
 }
 

@@ -1,6 +1,7 @@
 // Forward of one item: cost, iterations, gauge, value. Compiled once per SIMD level.
 #include "kernel_domain.h"
 #include "log_domain.h"
+#include "self.h"
 
 namespace otkern {
 namespace OTKERN_LEVEL {
@@ -40,8 +41,11 @@ void write_results(ForwardCall &call, const Item<T> &item, const Sinkhorn<T> &so
     const double dual_a = rows.dual(solver.a, solver.F, solver.offset_a, solver.dead_a, item.n);
     const double dual_b = columns.dual(solver.b, solver.G, solver.offset_b, solver.dead_b, item.m);
     const double sum_a = total(solver.a, item.n), sum_b = total(solver.b, item.m);
-    const double moved =
-        partial ? double(solver.mass) : columns.mass(solver.b, solver.G, solver.offset_b, solver.dead_b, item.m);
+    double moved = solver.mass;
+    if (item.same)
+        moved = sum_b + solver.excess;
+    else if (!partial)
+        moved = columns.mass(solver.b, solver.G, solver.offset_b, solver.dead_b, item.m);
     // Only two constraints leave the potentials a gauge: <a, f + t> = <b, g - t>.
     T shift = 0;
     if (rows.is_constraint() && columns.is_constraint() && sum_a + sum_b > 0)

@@ -49,6 +49,7 @@ struct Item {
     int64_t stride, length;      // of a point copied to scratch: with and without the extra line
     T reg, inverse_reg;
     T null_cost = 0;
+    bool same;  // a cloud with itself
 
     Item(const Problem &p, int64_t index_, bool with_null = false) : problem(p), index(index_) {
         const bool packed = p.cu_seqlens_a != nullptr;
@@ -65,6 +66,7 @@ struct Item {
         length = padded<T>(p.features);
         reg = static_cast<const T *>(p.reg)[index];
         inverse_reg = 1 / reg;
+        same = index >= p.n_pairs;
     }
 
     // Sizes are checked in Python unless the caller waived it; no value of theirs may lead outside the tensors.
@@ -182,7 +184,7 @@ struct Clouds {
     void carve(Carver &carver, const Item<T> &item) {
         if (!item.has_points()) return;
         x.carve(carver, item, item.points_a);
-        y.carve(carver, item, item.points_b);
+        if (!item.same) y.carve(carver, item, item.points_b);
     }
 
     // Both clouds, by the whole team. Bit 0, bit 1: x, y holds an entry that is not finite.
@@ -190,6 +192,10 @@ struct Clouds {
         if (!item.has_points()) return 0;
         const Problem &p = item.problem;
         const bool good_x = x.read(item, p.x_a, item.offset_a, item.points_a, team, check);
+        if (item.same) {
+            y = x;
+            return good_x ? 0 : 1;
+        }
         const bool good_y = y.read(item, p.x_b, item.offset_b, item.points_b, team, check);
         return (good_x ? 0 : 1) | (good_y ? 0 : 2);
     }

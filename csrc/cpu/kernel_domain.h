@@ -69,7 +69,7 @@ template <class T>
 void Sinkhorn<T>::kernel_rows(int64_t begin, int64_t end, bool columns_too, bool compare, T *sums,
                               BlockNotes<T> &note) {
     typedef typename Simd<T>::Four Four;
-    Four smallest = infinity<T>() - Four{}, largest{}, heaviest{}, gap{};
+    Four smallest = infinity<T>() - Four{}, largest{}, heaviest{}, gap{}, excess{};
     const int64_t strip = strip_rows();
     for (int64_t first = begin; first < end; first += strip) {
         const int64_t last = minimum(first + strip, end);
@@ -84,6 +84,7 @@ void Sinkhorn<T>::kernel_rows(int64_t begin, int64_t end, bool columns_too, bool
                 // Without weight a ratio may be infinite, and 0 * inf must not enter.
                 const Four ratio = weights > 0 ? s / load_four(counted_sums + i) - 1 : Four{};
                 gap += weights * (ratio < 0 ? -ratio : ratio);
+                excess += weights * ratio;
             }
         }
         if (columns_too) kernel_columns(first, last, first > begin, sums);
@@ -92,6 +93,7 @@ void Sinkhorn<T>::kernel_rows(int64_t begin, int64_t end, bool columns_too, bool
     note.largest = maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3]));
     note.heaviest = maximum(maximum(heaviest[0], heaviest[1]), maximum(heaviest[2], heaviest[3]));
     note.error = (gap[0] + gap[1]) + (gap[2] + gap[3]);
+    note.excess = (excess[0] + excess[1]) + (excess[2] + excess[3]);
 }
 
 // The same with a relaxation. Between the halves every row sum becomes 1 / u_i by `Side::reciprocal`.
@@ -99,7 +101,7 @@ template <class T>
 void Sinkhorn<T>::relaxed_kernel_rows(int64_t begin, int64_t end, bool columns_too, bool compare, T *sums,
                                       BlockNotes<T> &note) {
     constexpr int width = Simd<T>::width;
-    Vec<T> smallest = splat(infinity<T>()), largest{}, heaviest{}, gap{};
+    Vec<T> smallest = splat(infinity<T>()), largest{}, heaviest{}, gap{}, excess{};
     const int64_t strip = strip_rows();
     for (int64_t first = begin; first < end; first += strip) {
         const int64_t last = minimum(first + strip, end);
@@ -119,6 +121,7 @@ void Sinkhorn<T>::relaxed_kernel_rows(int64_t begin, int64_t end, bool columns_t
                 const Vec<T> before = load_some(counted_sums + i, count, T(1));
                 const Vec<T> of_row = side_a.gap(s / before, side_a.scaled(before, absorbed, offset), offset);
                 gap += select<T>(alive & (weights > 0), weights * of_row, Vec<T>{});
+                excess += select<T>(alive & (weights > 0), weights * (s / before - 1), Vec<T>{});
             }
             store_some(row_sums + i, count, r);
             store_some(row_scale + i, count, au);
@@ -129,6 +132,7 @@ void Sinkhorn<T>::relaxed_kernel_rows(int64_t begin, int64_t end, bool columns_t
     note.largest = horizontal_max<T>(largest);
     note.heaviest = horizontal_max<T>(heaviest);
     note.error = horizontal_sum<T>(gap);
+    note.excess = horizontal_sum<T>(excess);
 }
 
 template <class T>

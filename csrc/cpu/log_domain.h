@@ -35,6 +35,7 @@ void Sinkhorn<T>::log_rows(const T *c, int64_t begin, int64_t end, bool compare,
         if (compare && a[i] > 0) {
             const Vec<T> ratio = vexp<T>(splat((F[i] - soft_min) * inverse_eps));
             note.error += a[i] * side_a.gap(ratio, splat(F[i]), offset)[0];
+            note.excess += a[i] * (ratio[0] - 1);
         }
     }
 }

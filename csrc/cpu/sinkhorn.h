@@ -5,6 +5,7 @@
 //   kernel domain   K_ij = exp((F_i + G_j - C_ij) / eps) with the potentials of some moment absorbed, and scalings
 //                   u, v with f = F + eps log u, g = G + eps log v:  u_i = 1 / sum_j K_ij b_j v_j, then
 //                   v_j = 1 / sum_i K_ij a_i u_i. One pass over K does both; two multiply-adds per entry.
+// A cloud with itself needs one potential and one half of this: self.h.
 // Without a relaxation f = s. With one (relaxation.h) f or u follows from s or from the sum, point by point.
 // A schedule of eps runs in the log domain until it ends: a K for each eps would cost what it saves.
 //
@@ -24,6 +25,7 @@ struct BlockNotes {
     T heaviest;           // a_i u_i
     T exponent;           // (F_i + G_j - C_ij) / eps, when K is built
     T error;              // sum_i a_i |r_i - 1| of the iteration before
+    T excess;             // sum_i a_i (r_i - 1)
 };
 
 template <class T>
@@ -78,8 +80,13 @@ class Sinkhorn {
     T *offset_a, *offset_b;      // o of relaxation.h
     T mass = 0, lam = 0;         // of a partial problem: the total mass asked for, and its multiplier
     bool nothing_moves = false;  // a partial problem without a single pair
+    double excess = 0;           // of a cloud with itself: by how much the plan's mass is above that of the weights
 
   private:
+    int run_self(const ForwardCall &call);
+    bool self_step(bool in_kernel);
+    void leave_self_kernel();
+    void finish_self(bool in_kernel);
     void own_rows(int64_t &begin, int64_t &end) const {
         team.split(blocks, begin, end);
         begin *= block;
@@ -92,6 +99,7 @@ class Sinkhorn {
     }
 
     int prepare(const void *g_init, bool check);
+    void self_cost();
     void set_eps(T value);
     T first_eps(const ForwardCall &call) const;
     const T *panel_rows(int64_t begin, int64_t end);
@@ -162,6 +170,7 @@ class Sinkhorn {
 template <class T>
 int Sinkhorn<T>::prepare(const void *g_init, bool check) {
     bad[team.rank] = clouds.read(item, team, check);
+    if (item.same) a = b, F = G, dead_a = dead_b, offset_a = offset_b;
     if (team.rank == 0) {
         item.read_a(a);
         item.read_b(b);
@@ -173,7 +182,9 @@ int Sinkhorn<T>::prepare(const void *g_init, bool check) {
     int64_t begin, end;
     own_rows(begin, end);
     bool good = true;
-    if (stored && begin < end)
+    if (stored && item.same)
+        self_cost();
+    else if (stored && begin < end)
         good = cost_rows(item, clouds, begin, minimum(end, item.n), cost + begin * item.cols);
     else if (check && !item.has_points())
         for (int64_t i = begin; i < end; i += panel)
@@ -238,7 +249,7 @@ void Sinkhorn<T>::row_step(bool in_kernel, bool columns_too, bool compare) {
                 kernel_rows(begin, end, columns_too, compare, sums, notes[k]);
             continue;
         }
-        notes[k].error = 0;
+        notes[k].error = notes[k].excess = 0;
         for (int64_t j = 0; j < item.cols; ++j) sums[j] = 0, peaks[j] = -infinity<T>();
         for (int64_t i = begin; i < end; i += panel) {
             const int64_t stop = minimum(i + panel, end);
@@ -292,6 +303,7 @@ void Sinkhorn<T>::finish(bool in_kernel) {
 
 template <class T>
 int Sinkhorn<T>::run(const ForwardCall &call) {
+    if (item.same) return run_self(call);
     const int found = prepare(call.g_init, call.check);
     const int64_t max_iter = call.max_iter;
     set_eps(item.reg);

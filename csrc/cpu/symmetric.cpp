@@ -69,7 +69,7 @@ template <class T>
 class Annealing {
   public:
     Annealing(const SymmetricCall &call_, const Item<T> &item_, Team &team_)
-        : call(call_), item(item_), team(team_), same(item_.index >= call_.n_cross) {
+        : call(call_), item(item_), team(team_), same(item_.same) {
         // Whole vectors, so that a block's rows start one on the diagonal as well.
         block = round_up<int64_t>((item.rows + 63) / 64, 32);
         blocks = (item.rows + block - 1) / block;

@@ -91,6 +91,11 @@ def choose_symmetric(name: str | None, device_type: str) -> str:
     return "reference"
 
 
+def launches(name: str) -> bool:
+    """Whether a call of this backend costs a launch, so that one call is better than several."""
+    return name in ("cuda", "triton")
+
+
 def refusals(device_type: str, update: str, overrelaxation: float, grad: str) -> list[tuple[str, str]]:
     """The backends that `choose` passes over before it finds one, and why."""
     chosen = choose(None, device_type, update, overrelaxation, grad)

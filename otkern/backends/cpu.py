@@ -122,7 +122,6 @@ def symmetric(
     n_steps: Tensor,
     eps_factor: float,
     cost_floor: float,
-    n_cross: int,
     check: bool = True,
 ) -> tuple[Tensor, ...]:
     """(s_a, s_b, f, g, r_a, r_b) of GeomLoss's loop: the potentials f and g after the ladder, their soft minima at
@@ -143,7 +142,6 @@ def symmetric(
         n_steps=n_steps.data_ptr(),
         eps_factor=eps_factor,
         cost_floor=cost_floor,
-        n_cross=n_cross,
         check=check,
         store_bytes=STORE_BYTES,
         s_a=s_a.data_ptr(),
@@ -327,6 +325,7 @@ def _problem(inputs: Inputs):
         lengths_b=_address(alive.lengths_b),
         cu_seqlens_a=_address(alive.cu_seqlens_a),
         cu_seqlens_b=_address(alive.cu_seqlens_b),
+        n_pairs=inputs.n_pairs,
     )
     return problem, alive
 

@@ -96,6 +96,9 @@ def iterate(item: Item, g: Tensor, max_iter: int, tol: float, schedule: Schedule
     history = [Step(item.reg, 1.0, False, State(torch.zeros_like(item.a), g, zero, torch.ones_like(g)))]
     if item.cost.numel() == 0:
         return history, _without_plan(item, row, column)[1]
+    if item.same:
+        # One potential converges fast by averaged updates, whatever two do.
+        schedule = schedule._replace(update="alternating", overrelaxation=1.0)
     error, factor = torch.full_like(zero, float("inf")), OverRelaxation(schedule.overrelaxation)
     for k in range(max_iter):
         # Where iterations are not plain, a plain one has to confirm that the tolerance is reached.
@@ -103,10 +106,14 @@ def iterate(item: Item, g: Tensor, max_iter: int, tol: float, schedule: Schedule
         last = k == max_iter - 1 or reached
         eps = item.reg if last else epsilon(item, schedule, k)
         w = 1.0 if last or k == 0 else factor.value
-        state = iteration(item, row, column, history[-1].after, eps, schedule.update == "symmetric" and not last, w, k)
+        if item.same:
+            state = self_iteration(item, row, history[-1].after, eps)
+        else:
+            symmetric = schedule.update == "symmetric" and not last
+            state = iteration(item, row, column, history[-1].after, eps, symmetric, w, k)
         history.append(Step(eps, w, last, state))
         exact_columns = last or plain(schedule)
-        error = marginal_error(item, row, column, state, eps, exact_columns)
+        error = marginal_error(item, row, column, state, eps, exact_columns and not item.same)
         factor.observe(error)
         if tol >= 0 and exact_columns and bool((error <= tol) & (eps == item.reg)):
             break
@@ -181,6 +188,13 @@ def iteration(
         multiplier, ratio = multiplier + eps * scale, ((g - s) / eps + scale).exp()
         ratio = torch.where(dead_b | (item.b == 0), 0, ratio)
     return State(f, g, multiplier, ratio)
+
+
+def self_iteration(item: Item, side: Side, state: State, eps: Tensor) -> State:
+    """One averaged update of the potential of a cloud with itself, equation (27)."""
+    s = SoftMin.apply(item.cost, state.f, item.b, eps)
+    h = (state.f + side.update(s, eps, _dead(item.cost, item.b))) / 2
+    return State(h, h, state.mass_multiplier, state.column_ratio)
 
 
 def _relaxed(old: Tensor, new: Tensor, factor: float) -> Tensor:
@@ -273,8 +287,10 @@ def results(item: Item, state: State, empty: bool) -> tuple[Tensor, Tensor, Tens
     mass_a, mass_b = a.sum(), b.sum()
     dead_a, dead_b = _dead(cost, b), _dead(cost.mT, a)
     # The potential of a point without mass is free; this choice makes its update the identity.
-    again = row.update(SoftMin.apply(cost, state.g + state.mass_multiplier, b, reg), reg, dead_a)
-    state = state._replace(f=torch.where(a == 0, again, state.f))
+    s = SoftMin.apply(cost, state.g + state.mass_multiplier, b, reg)
+    state = state._replace(f=torch.where(a == 0, row.update(s, reg, dead_a), state.f))
+    if item.same:
+        state = state._replace(g=state.f)
     moved = b @ state.column_ratio
     reference = torch.zeros_like(reg) if item.entropy else mass_a * mass_b
     if row.strict() and column.strict():
@@ -282,6 +298,8 @@ def results(item: Item, state: State, empty: bool) -> tuple[Tensor, Tensor, Tens
         state = state._replace(f=state.f + shift, g=state.g - shift)
         # Every column is exact, and a sum over them would only add rounding.
         moved = mass_b
+    if item.same:
+        moved = mass_b + b @ torch.where(dead_b | (b == 0), -1, torch.expm1((state.f - s) / reg))
     value = row.dual(state.f, reg, dead_a) + column.dual(state.g, reg, dead_b) - reg * (moved - reference)
     stranded = (row.strict() and (dead_a & (a > 0)).any()) or (column.strict() and (dead_b & (b > 0)).any())
     if item.kind == "partial":

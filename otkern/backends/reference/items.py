@@ -27,6 +27,7 @@ class Item(NamedTuple):
     relaxation: Tensor | None  # (2,)
     kind: str
     entropy: bool
+    same: bool  # a cloud with itself
 
 
 def pairwise_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -71,7 +72,8 @@ def items(inputs: Inputs) -> Iterator[Item]:
         b = cost.new_full((cost.shape[1],), 1 / max(cost.shape[1], 1)) if inputs.b is None else inputs.b[columns]
         relaxation = None if inputs.relaxation is None else inputs.relaxation[i]
         a, b = copy(a, dtype), copy(b, dtype)
-        yield Item(i, rows, columns, x, y, cost, a, b, inputs.reg[i], relaxation, inputs.kind, inputs.entropy)
+        same = i >= inputs.n_pairs
+        yield Item(i, rows, columns, x, y, cost, a, b, inputs.reg[i], relaxation, inputs.kind, inputs.entropy, same)
 
 
 def copy(part: Tensor, dtype: torch.dtype) -> Tensor:

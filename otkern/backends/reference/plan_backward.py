@@ -19,6 +19,8 @@ def backward(
     """dvalue times the gradients of the points or costs at fixed potentials, equations (7), (8); r and c of (9); and
 
     sum_ij a_i b_j h(x_ij) with h(x) = 1 - exp(x) + x exp(x), equation (10). None where not needed.
+
+    Of a cloud with itself the two gradients are equal, and that of side b is left out, 0.
     """
     needs_ratios, needs_reg = needs[3:]
     out = _Gradients(inputs, f, g, needs)
@@ -28,7 +30,7 @@ def backward(
             if d == 0 or item.cost.numel() == 0:
                 continue
             f_i, g_i = f[item.rows], g[item.columns]
-            out.add_cost_gradient(item, d * plan_of(item, f_i, g_i))
+            out.add_cost_gradient(item, d * plan_of(item, f_i, g_i), half=True)
             if needs_ratios:
                 out.rows[item.rows] = weighted_by_b(item, f_i, g_i).sum(1)
                 out.columns[item.columns] = weighted_by_a(item, f_i, g_i).sum(0)
@@ -88,15 +90,15 @@ class _Gradients:
         self.rows, self.columns = (like(f), like(g)) if needs[3] else (None, None)
         self.reg = like(inputs.reg) if needs[4] else None
 
-    def add_cost_gradient(self, item: Item, w: Tensor) -> None:
-        """Write W, or its products with the derivatives of the metric."""
+    def add_cost_gradient(self, item: Item, w: Tensor, half: bool = False) -> None:
+        """Write W, or its products with the derivatives of the metric; ``half``: those of side b of two clouds only."""
         if self.cost is not None:
             self.cost[(item.index, item.rows[-1], item.columns[-1])] = w.to(self.cost.dtype)
         if self.x_a is not None or self.x_b is not None:
             dx, dy = points_backward(item, w, self.metric)
             if self.x_a is not None:
                 self.x_a[item.rows] = dx.to(self.x_a.dtype)
-            if self.x_b is not None:
+            if self.x_b is not None and not (half and item.same):
                 self.x_b[item.columns] = dy.to(self.x_b.dtype)
 
     def all(self):

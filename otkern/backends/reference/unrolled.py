@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otkern.problem import Inputs, Schedule
 
-from .forward import State, iterate, iteration, results, with_null
+from .forward import State, iterate, iteration, results, self_iteration, with_null
 from .items import Item, items
 from .plan_backward import points_backward
 from .relaxation import sides
@@ -97,8 +97,11 @@ def _item_gradients(item: Item, start: Tensor, max_iter: int, tol: float, schedu
             state, state_leaves = _leaves(history[k - 1].after)
             made = problem()
             eps = made.reg if bool(step.eps == item.reg) else step.eps
-            symmetric = schedule.update == "symmetric" and not step.last
-            after = iteration(made, *sides(made), state, eps, symmetric, step.factor, k - 1)
+            if item.same:
+                after = self_iteration(made, sides(made)[0], state, eps)
+            else:
+                symmetric = schedule.update == "symmetric" and not step.last
+                after = iteration(made, *sides(made), state, eps, symmetric, step.factor, k - 1)
             state_cotangents = back((after.f, after.g, after.mass_multiplier), state_leaves, state_cotangents)
     return totals
 

@@ -3,13 +3,17 @@
 Problems of up to 128 x 128 points (64 x 64 in fp64) are solved whole by one program each, larger ones by launches over
 their blocks. Triton is imported with the first call, not before.
 
-    launch.py          the launch table, the grids and the balanced solve; launch_*.py: the other functions
+    launch.py          the launch table, the arguments and the grids; launch_*.py: the host side of each function
     tiles.py           the cost tile that every kernel starts from
     onchip_forward.py  the balanced solve in one launch
     global_forward.py  the same of larger problems
     relaxation.py      what other marginals than balanced ones change about one side
     onchip_relaxed.py  the solve for every kind of marginals, or with a schedule, in one launch
     global_relaxed.py  the same of larger problems
+    log_domain.py      soft minima of a tile, and its plan
+    onchip_self.py     the solve of a cloud with itself, in the launch of either solve
+    onchip_annealed.py the annealed loop of GeomLoss in one launch
+    global_symmetric.py  both of these of larger problems
     plan_products.py   everything that needs the plan: gradients and products
     conjugate_gradients.py  the adjoint of the fixed point
 """
@@ -66,14 +70,25 @@ def forward(
     check: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The values (B,), potentials, multipliers (B, 2), marginal errors (B,) and iteration counts (B,) of the batch."""
-    from . import launch, launch_relaxed
+    from . import launch_forward, launch_relaxed
 
     if check:
         check_points(inputs)
     if inputs.kind != "balanced" or (schedule is not None and schedule.eps_start is not None):
         return launch_relaxed.forward(inputs, g_init, max_iter, tol, schedule)
-    value, f, g, error, iters = launch.forward(inputs, g_init, max_iter, tol)
+    value, f, g, error, iters = launch_forward.forward(inputs, g_init, max_iter, tol)
     return value, f, g, value.new_zeros(inputs.batch, 2), error, iters
+
+
+def symmetric(
+    inputs: Inputs, eps_start: Tensor, n_steps: Tensor, eps_factor: float, cost_floor: float, check: bool = False
+) -> tuple[Tensor, ...]:
+    """(s_a, s_b, f, g, r_a, r_b) of GeomLoss's loop, as of the reference backend's function of this name."""
+    from . import launch_symmetric
+
+    if check:
+        check_points(inputs)
+    return launch_symmetric.annealed(inputs, eps_start, n_steps, eps_factor, cost_floor)
 
 
 def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:

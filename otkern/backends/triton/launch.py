@@ -1,4 +1,4 @@
-"""The host side: the launch table, the arguments that every kernel takes, and the grids.
+"""The host side of all kernels: the launch table, the arguments that every kernel takes, the grids, the costs.
 
 Nothing here reads device memory. Which kernel serves an item, and with which block sizes, follows from the item's own
 size inside the kernel; the host only launches every size class that the batch may hold.
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from otkern.problem import METRICS, Inputs
+from otkern.problem import KINDS, METRICS, Inputs
 
-from . import global_forward, onchip_forward
+from . import global_forward
 
 
 class Launch(NamedTuple):
@@ -53,8 +53,8 @@ FORWARD = {
 }
 FORWARD[torch.float16] = FORWARD[torch.bfloat16]
 
-# Solves in the log domain, which hold the cost alone, and systems of equations, which hold the plan. In fp64 their
-# vectors spill beside a tile of 64 (up to 220 bytes).
+# Solves in the log domain, which hold the cost alone, systems of equations, which hold the plan, and clouds with
+# themselves. In fp64 their vectors spill beside a tile of 64 (up to 220 bytes).
 RELAXED = FORWARD | {torch.float64: FORWARD[torch.float64][:2]}
 IMPLICIT = RELAXED
 
@@ -87,6 +87,7 @@ APPLY = {
 }
 # (block of the updated side, block of the other side, warps) of a half update
 HALF_UPDATE = {torch.float32: (32, 128, 4), torch.float64: (32, 64, 4)}
+AVERAGED_UPDATE = {torch.float32: (32, 128, 4), torch.float64: (32, 64, 8)}
 FINISH_BLOCK = 128
 
 # Settings that differ on one device: (table name, compute capability, dtype) -> what stands in that table.
@@ -171,16 +172,11 @@ def select(arguments: dict, kernel) -> dict:
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
-def onchip_limit(dtype: torch.dtype) -> int:
-    """The largest size class of a dtype."""
-    return FORWARD[dtype][-1].block
-
-
-def grids(batch: int, blocks: int = 1, most: int = MAX_PROGRAMS):
-    """The launches that cover a batch with `blocks` programs an item, `most` at once: (first item, grid)."""
+def grids(stop: int, blocks: int = 1, most: int = MAX_PROGRAMS, start: int = 0):
+    """The launches that cover items from `start` on with `blocks` programs each, `most` at once: (first item, grid)."""
     group = max(1, most // blocks)
-    for first in range(0, batch, group):
-        yield first, (min(group, batch - first) * blocks,)
+    for first in range(start, stop, group):
+        yield first, (min(group, stop - first) * blocks,)
 
 
 def classes(entries: tuple[Launch, ...], largest: int):
@@ -193,35 +189,18 @@ def classes(entries: tuple[Launch, ...], largest: int):
             return
 
 
-def forward(inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float) -> tuple[Tensor, ...]:
-    dtype, device = inputs.compute_dtype, inputs.device
-    new = {"dtype": dtype, "device": device}
-    value, error = torch.empty(inputs.batch, **new), torch.empty(inputs.batch, **new)
-    f, g = torch.zeros(inputs.shape_f, **new), torch.zeros(inputs.shape_g, **new)
-    iters = torch.full((inputs.batch,), -1, dtype=torch.int32, device=device)
-    if inputs.batch == 0:
-        return value, f, g, error, iters
-    arguments = problem_arguments(inputs) | {
-        "g_init_ptr": value if g_init is None else g_init.contiguous(),
-        "has_init": int(g_init is not None),
-        "value_ptr": value,
-        "f_ptr": f,
-        "g_ptr": g,
-        "error_ptr": error,
-        "iters_ptr": iters,
-        "max_iter": max_iter,
-        "tol": round_down(tol),
+def relaxed_arguments(inputs: Inputs, eps_start: Tensor | None = None, eps_factor: float = 1.0) -> dict:
+    """What describes marginals, a schedule, and items that match a cloud with themselves, by name."""
+    reg, used = inputs.reg.contiguous(), eps_start is not None or inputs.n_pairs < inputs.batch
+    return {
+        "kind": KINDS.index(inputs.kind),
+        "relaxation_ptr": reg if inputs.relaxation is None else inputs.relaxation.contiguous(),
+        "eps_start_ptr": reg if eps_start is None else eps_start.to(reg.dtype).contiguous(),
+        # in memory: a scalar argument would be rounded to fp32
+        "eps_factor_ptr": torch.full((1,), eps_factor, dtype=reg.dtype, device=reg.device) if used else reg,
+        "n_pairs": inputs.n_pairs,
+        "SELF": inputs.n_pairs < inputs.batch,
     }
-    largest = max(inputs.max_a, inputs.max_b)
-    points_dtype = inputs.primary.dtype
-    with on_device(device):
-        for entry, lower in classes(table("forward", FORWARD, points_dtype, device), largest):
-            launch_onchip(onchip_forward.onchip_forward_kernel, inputs, arguments, entry, lower)
-        limit = onchip_limit(points_dtype)
-        if largest > limit:
-            for first, (count,) in grids(inputs.batch, 1, SCRATCH_ELEMENTS // max(1, inputs.max_a * inputs.max_b)):
-                _forward_global(inputs, arguments | {"ONCHIP": limit}, first, count)
-    return value, f, g, error, iters
 
 
 def launch_onchip(kernel, inputs: Inputs, arguments: dict, entry: Launch, lower: int) -> None:
@@ -243,53 +222,6 @@ def launch_onchip(kernel, inputs: Inputs, arguments: dict, entry: Launch, lower:
             PRECISION=entry.precision,
             **options(entry.warps, entry.stages),
         )
-
-
-def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> None:
-    """Items first .. first + count of those beyond the largest on-chip class."""
-    N, M, device, dtype = inputs.max_a, inputs.max_b, inputs.device, inputs.compute_dtype
-    block_out, block_in, warps = table("half_update", HALF_UPDATE, dtype, device)
-    new = {"dtype": dtype, "device": device}
-    arguments = arguments | {"first_item": first}
-    cost, pitch = form_costs(inputs, arguments, count)
-    f_even, f_odd, g = torch.empty((count, N), **new), torch.empty((count, N), **new), torch.empty((count, M), **new)
-    parts = max(1, triton.cdiv(N, block_out))
-    gap = torch.empty((count, parts), **new)
-    arguments |= {"cost_ptr": cost, "gap_ptr": gap, "parts": parts, "stride_item": N * pitch}
-    kernel = global_forward.half_update_forward_kernel
-    sides = {
-        side: side_arguments(arguments, side)
-        | {
-            "stride_out": stride_out,
-            "stride_in": stride_in,
-            "blocks": max(1, triton.cdiv(size, block_out)),
-            "ROW_SIDE": side == "a",
-        }
-        for side, size, stride_out, stride_in in (("a", N, pitch, 1), ("b", M, 1, pitch))
-    }
-    shared = select(arguments, kernel) | {
-        "init_ptr": arguments["g_init_ptr"],
-        "BLOCK_OUT": block_out,
-        "BLOCK_IN": block_in,
-        **options(warps),
-    }
-    for k in range(arguments["max_iter"] + 1):
-        f_new, f_old = (f_odd, f_even) if k % 2 else (f_even, f_odd)
-        grid = (count * sides["a"]["blocks"],)
-        kernel[grid](**shared, **sides["a"], potential_ptr=g, out_ptr=f_new, old_ptr=f_old, k=k)
-        if k < arguments["max_iter"]:
-            grid = (count * sides["b"]["blocks"],)
-            kernel[grid](**shared, **sides["b"], potential_ptr=f_new, out_ptr=g, old_ptr=g, k=k)
-    kernel = global_forward.finish_forward_kernel
-    kernel[(count,)](
-        **select(arguments, kernel),
-        f_even_ptr=f_even,
-        f_odd_ptr=f_odd,
-        g_last_ptr=g,
-        BLOCK=FINISH_BLOCK,
-        ROWS=block_out,
-        **options(4),
-    )
 
 
 def form_costs(inputs: Inputs, arguments: dict, count: int) -> tuple[Tensor, int]:

@@ -42,7 +42,8 @@ def implicit(
     entries = table("implicit", launch.IMPLICIT, inputs.primary.dtype, device)
     with launch.on_device(device):
         for entry, lower in launch.classes(entries, largest):
-            launch.launch_onchip(conjugate_gradients.onchip_implicit_kernel, inputs, arguments, entry, lower)
+            kernel = conjugate_gradients.onchip_implicit_kernel
+            launch.launch_onchip(kernel, inputs, arguments, entry, lower)
         limit = entries[-1].block
         if largest > limit:
             sides = {"a": _Side(f, u_a, given[0], given[2]), "b": _Side(g, u_b, given[1], given[3])}

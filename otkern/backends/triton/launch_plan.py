@@ -69,9 +69,16 @@ def _sums_over_plan(
         with launch.on_device(device):
             if needs_a or needs_cost or needs_marginals or needs_reg:
                 dx = dcost if needs_cost else dx_a
-                _backward_side(inputs, sided(inputs, arguments, f, g, "a"), dx, rows, parts, inputs.max_a, general)
+                of_rows = sided(inputs, arguments, f, g, "a")
+                _backward_side(inputs, of_rows, dx, rows, parts, inputs.max_a, general, range(inputs.batch))
+            # Of a cloud with itself the value's gradient is that of side a; what is left here are the marginals.
+            pairs = inputs.batch if general else inputs.n_pairs
+            of_columns = sided(inputs, arguments, f, g, "b")
             if needs_b or needs_marginals:
-                _backward_side(inputs, sided(inputs, arguments, f, g, "b"), dx_b, columns, None, inputs.max_b, general)
+                _backward_side(inputs, of_columns, dx_b, columns, None, inputs.max_b, general, range(pairs))
+            if needs_marginals:
+                others = range(pairs, inputs.batch)
+                _backward_side(inputs, of_columns, None, columns, None, inputs.max_b, general, others)
             if needs_reg:
                 _backward_reg(inputs, arguments, parts, total, general)
     gradients = (None if dx is None else dx.to(inputs.primary.dtype) for dx in (dx_a, dx_b, dcost))
@@ -100,7 +107,9 @@ def _backward_classes(inputs: Inputs, general: bool) -> tuple[Launch, ...]:
     return table("backward", launch.BACKWARD, inputs.primary.dtype, inputs.device)
 
 
-def _backward_side(inputs: Inputs, arguments: dict, dx, marginal, parts, n_out: int, general: bool) -> None:
+def _backward_side(
+    inputs: Inputs, arguments: dict, dx, marginal, parts, n_out: int, general: bool, items: range
+) -> None:
     kernel = plan_products.plan_backward_kernel
     unused = arguments["scale_ptr"]
     strides = (0, 0) if dx is None else ((0, *dx.stride()) if inputs.packed else dx.stride())[:2]
@@ -113,7 +122,7 @@ def _backward_side(inputs: Inputs, arguments: dict, dx, marginal, parts, n_out: 
     for entry, lower in launch.classes(entries, max(inputs.max_a, inputs.max_b)):
         # An item of any class but the last is one block.
         blocks = max(1, triton.cdiv(n_out, entry.block)) if entry is entries[-1] else 1
-        for first, grid in grids(inputs.batch, blocks):
+        for first, grid in grids(items.stop, blocks, start=items.start):
             kernel[grid](
                 **select(arguments, kernel),
                 dx_ptr=unused if dx is None else dx,

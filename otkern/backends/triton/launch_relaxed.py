@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from otkern.problem import KINDS, Inputs, Schedule
+from otkern.problem import Inputs, Schedule
 
-from . import global_relaxed, launch, onchip_relaxed
+from . import global_relaxed, launch, launch_symmetric, onchip_relaxed
 from .launch import options, select, table
 
 
@@ -16,20 +16,16 @@ def forward(
     inputs: Inputs, g_init: Tensor | None, max_iter: int, tol: float, schedule: Schedule | None
 ) -> tuple[Tensor, ...]:
     new = {"dtype": inputs.compute_dtype, "device": inputs.device}
-    value, error, multipliers = (torch.empty(shape, **new) for shape in (inputs.batch, inputs.batch, (inputs.batch, 2)))
+    value, error = torch.empty(inputs.batch, **new), torch.empty(inputs.batch, **new)
+    multipliers = torch.zeros((inputs.batch, 2), **new)
     f, g = torch.zeros(inputs.shape_f, **new), torch.zeros(inputs.shape_g, **new)
     iters = torch.full((inputs.batch,), -1, dtype=torch.int32, device=inputs.device)
     if inputs.batch == 0:
         return value, f, g, multipliers, error, iters
+    schedule = schedule or Schedule()
     arguments = launch.problem_arguments(inputs)
-    scheduled = schedule is not None and schedule.eps_start is not None
-    eps_start = schedule.eps_start.contiguous() if scheduled else arguments["reg_ptr"]
-    factor = schedule.eps_factor if scheduled else 1.0
+    arguments |= launch.relaxed_arguments(inputs, schedule.eps_start, schedule.eps_factor)
     arguments |= {
-        "relaxation_ptr": arguments["reg_ptr"] if inputs.relaxation is None else inputs.relaxation.contiguous(),
-        "eps_start_ptr": eps_start,
-        # in memory: a scalar argument would be rounded to fp32
-        "eps_factor_ptr": torch.full((1,), factor, **new),
         "g_init_ptr": value if g_init is None else g_init.contiguous(),
         "has_init": int(g_init is not None),
         "value_ptr": value,
@@ -38,7 +34,6 @@ def forward(
         "multipliers_ptr": multipliers,
         "error_ptr": error,
         "iters_ptr": iters,
-        "kind": KINDS.index(inputs.kind),
         "entropy": int(inputs.entropy),
         "max_iter": max_iter,
         "tol": launch.round_down(tol),
@@ -48,10 +43,12 @@ def forward(
     entries = table("relaxed", launch.RELAXED, inputs.primary.dtype, inputs.device)
     with launch.on_device(inputs.device):
         for entry, lower in launch.classes(entries, largest):
-            launch.launch_onchip(onchip_relaxed.onchip_relaxed_forward_kernel, inputs, arguments, entry, lower)
+            kernel = onchip_relaxed.onchip_relaxed_forward_kernel
+            launch.launch_onchip(kernel, inputs, arguments, entry, lower)
         limit = entries[-1].block
         if largest > limit:
-            _forward_global(inputs, arguments | {"ONCHIP": limit}, factor)
+            _forward_global(inputs, arguments | {"ONCHIP": limit}, schedule.eps_factor)
+            launch_symmetric.self_forward(inputs, arguments | {"ONCHIP": limit})
     return value, f, g, multipliers, error, iters
 
 
@@ -60,7 +57,7 @@ def _forward_global(inputs: Inputs, arguments: dict, factor: float) -> None:
     null = int(inputs.kind == "null")
     weights = {f"{side}_ptr": enlarged_weights(inputs, arguments, side) for side in "ab"}
     most = launch.SCRATCH_ELEMENTS // max(1, (inputs.max_a + null) * (inputs.max_b + null))
-    for first, (count,) in launch.grids(inputs.batch, 1, most):
+    for first, (count,) in launch.grids(inputs.n_pairs, 1, most):
         _solve_group(inputs, arguments | weights | {"first_item": first}, count, factor)
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .log_domain import PLAN_SCALE, not_before, scaled_exp2, soft_min
+from .onchip_self import solve_self
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -14,21 +16,19 @@ from .tiles import (
     log2_weights,
 )
 
-# Scalings between 2^-16 and 2^16 of the absorbed potentials are safe: the plan is kept times 2^60, so an entry that was
-# flushed to zero (below 2^-126) is less than 2^-154 of the total mass at any such scaling.
+# Scalings of the absorbed potentials that are safe, see `log_domain`.
 SCALING_MIN = tl.constexpr(2.0**-16)
 SCALING_MAX = tl.constexpr(2.0**16)
-PLAN_SCALE = tl.constexpr(2.0**60)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ONLY)
 def onchip_forward_kernel(
-    x_ptr, y_ptr, a_ptr, b_ptr, reg_ptr, g_init_ptr, sizes_a_ptr, sizes_b_ptr, scratch_ptr,
-    value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
+    x_ptr, y_ptr, a_ptr, b_ptr, reg_ptr, relaxation_ptr, eps_start_ptr, eps_factor_ptr, g_init_ptr,
+    sizes_a_ptr, sizes_b_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
-    first_item, N, M, D, mode_a, mode_b, has_a, has_b, has_init, metric, max_iter, tol,
+    first_item, n_pairs, N, M, D, mode_a, mode_b, has_a, has_b, has_init, metric, kind, max_iter, tol,
     BLOCK: tl.constexpr, LOWER: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, SELF: tl.constexpr,
 ):  # fmt: skip
     """One program solves item first_item + p, if it is of this size class, LOWER < max(n, m) <= BLOCK.
 
@@ -37,9 +37,20 @@ def onchip_forward_kernel(
     a thread.
 
     The cost and K are two tiles of registers, and at 128 x 128 just fit.
+
+    SELF: items from n_pairs on match a cloud with itself.
     """
     slot = tl.program_id(0)
     item = first_item + slot
+    if SELF:
+        if item >= n_pairs:
+            solve_self(
+                x_ptr, a_ptr, reg_ptr, relaxation_ptr, eps_start_ptr, eps_factor_ptr, sizes_a_ptr, sizes_b_ptr,
+                scratch_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr, stride_x_b, stride_x_n, stride_x_d,
+                slot, item, N, M, D, mode_a, mode_b, has_a, metric, kind, max_iter, tol,
+                BLOCK, LOWER, PART, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+            )  # fmt: skip
+            return
     start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
     start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
     size = tl.maximum(n, m)
@@ -155,39 +166,3 @@ def results(cost, g_last, a, b, reg, row_inside):
     lost_a, lost_b = unreached(cost, a, b)
     lost = tl.sum(lost_a, axis=0) + tl.sum(lost_b, axis=0)
     return f + shift, g - shift, tl.where(lost > 0, float("inf"), value), lost
-
-
-@triton.jit
-def not_before(x, known):
-    """x itself, in a form that cannot be computed before `known`, which is never negative.
-
-    What is derived from a row index or a weight would otherwise be computed ahead of a loop and occupy registers in
-    it: addresses and masks of a tile as many as the tile.
-    """
-    return x + (known < 0).to(x.dtype)
-
-
-@triton.jit
-def soft_min(potential, cost, log_weight_l2, reg, AXIS: tl.constexpr):
-    """-reg log sum w exp((potential - C) / reg) along AXIS, 0 where every term is masked.
-
-    The difference is taken in the unit of the cost, where it loses least; at small reg both of its terms are large.
-    """
-    top = tl.max((potential - cost) * (LOG2_E / reg) + log_weight_l2, axis=AXIS)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    # The exponents are formed a second time, in a form that the compiler cannot recognise: kept, they are a third tile.
-    potential += (tl.max(top, axis=0) == float("inf")).to(potential.dtype)
-    exponent = (potential - cost) * (LOG2_E / reg) + log_weight_l2
-    total = tl.sum(tl.exp2(exponent - tl.expand_dims(top, AXIS)), axis=AXIS)
-    return tl.where(total > 0, -(top + tl.log2(tl.where(total > 0, total, 1.0))) * LN_2 * reg, 0.0)
-
-
-@triton.jit
-def scaled_exp2(x):
-    """S 2^x for S = 2^60: added to a large negative exponent, where 2^x is flushed, and multiplied where it is not.
-
-    Added everywhere it would round exponents of about 1 to the accuracy of those of about 60.
-    """
-    y = tl.exp2(tl.where(x < -60.0, x + 60.0, x))
-    # Written this way, because as one product with 1 or S it needs a tile of predicates at once, and registers spill.
-    return tl.where(x < -60.0, y, y * PLAN_SCALE)

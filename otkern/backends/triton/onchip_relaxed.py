@@ -6,7 +6,8 @@ Every iteration is done in the log domain from the cost, the only tile that stay
 import triton
 import triton.language as tl
 
-from .onchip_forward import not_before
+from .log_domain import not_before
+from .onchip_self import solve_self
 from .relaxation import (
     NULL,
     PARTIAL,
@@ -28,17 +29,28 @@ def onchip_relaxed_forward_kernel(
     x_ptr, y_ptr, a_ptr, b_ptr, reg_ptr, relaxation_ptr, eps_start_ptr, eps_factor_ptr, g_init_ptr,
     sizes_a_ptr, sizes_b_ptr, scratch_ptr, value_ptr, f_ptr, g_ptr, multipliers_ptr, error_ptr, iters_ptr,
     stride_x_b, stride_x_n, stride_x_d, stride_y_b, stride_y_n, stride_y_d,
-    first_item, N, M, D, mode_a, mode_b, has_a, has_b, has_init, metric, kind, entropy, max_iter, tol,
+    first_item, n_pairs, N, M, D, mode_a, mode_b, has_a, has_b, has_init, metric, kind, entropy, max_iter, tol,
     BLOCK: tl.constexpr, LOWER: tl.constexpr, PART: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, SELF: tl.constexpr,
 ):  # fmt: skip
     """One program solves item first_item + p, if it is of this size class, LOWER < max(n, m) (+ 1: null) <= BLOCK.
 
     s and t are the soft minima of rows and columns, f and g follow from them. The s that an iteration ends with give
     its marginal error, and are what the next one begins with.
+
+    SELF: items from n_pairs on match a cloud with itself.
     """
     slot = tl.program_id(0)
     item = first_item + slot
+    if SELF:
+        if item >= n_pairs:
+            solve_self(
+                x_ptr, a_ptr, reg_ptr, relaxation_ptr, eps_start_ptr, eps_factor_ptr, sizes_a_ptr, sizes_b_ptr,
+                scratch_ptr, value_ptr, f_ptr, g_ptr, error_ptr, iters_ptr, stride_x_b, stride_x_n, stride_x_d,
+                slot, item, N, M, D, mode_a, mode_b, has_a, metric, kind, max_iter, tol,
+                BLOCK, LOWER, PART, BLOCK_D, KIND, COMPUTE, PRECISION, WIDEN,
+            )  # fmt: skip
+            return
     start_a, n = item_span(item, sizes_a_ptr, mode_a, N)
     start_b, m = item_span(item, sizes_b_ptr, mode_b, M)
     null = (kind == NULL).to(tl.int32)

@@ -14,22 +14,16 @@ from .tiles import (
     DISTANCE,
     EUCLIDEAN,
     INNER,
-    LOG2_E,
     MATRIX,
     RUNTIME_ONLY,
     cost_tile,
+    exponent_l2,
     item_base,
     item_span,
     load_points,
     load_weights,
     log2_weights,
 )
-
-
-@triton.jit
-def exponent_l2(cost, h_out, h_in, reg):
-    """log2 of exp((h_r + h_c - C_rc) / reg). Weights join it before it is raised; exp alone could overflow."""
-    return (h_out[:, None] + h_in[None, :] - cost) * (LOG2_E / reg)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ONLY)

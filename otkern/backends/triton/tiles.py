@@ -18,6 +18,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # |x|^2 + |y|^2 - 2<x, y> has an absolute error of about 2^-24 (|x|^2 + |y|^2); below this fraction of it too little of
 # the distance is left, and it is summed again from differences.
 CLOSE = tl.constexpr(0.125)
+# Up to as many features, squared distances are sums of squared differences.
+FEW = tl.constexpr(16)
 # Marks a squared distance that has been summed again and is exactly zero.
 TINY = tl.constexpr(1e-37)
 
@@ -31,12 +33,30 @@ SAFE_MAX = tl.constexpr(2.0**80)
 # strides, which decide how wide the loads are.
 RUNTIME_ONLY = (
     *("first_item", "N", "M", "N_out", "N_in", "blocks", "blocks_a", "blocks_b", "parts"),
-    *("K", "k", "max_iter", "tol", "metric", "times_cost"),
+    *("n_pairs", "K", "k", "max_iter", "tol", "metric", "times_cost"),
     *("mode_a", "mode_b", "mode_out", "mode_in", "has_a", "has_b", "has_w_out", "has_w_in", "has_init"),
     *("need_x", "need_marginal", "need_reg", "with_mass", "kind", "entropy", "singular"),
     *("has_v_out", "has_v_in", "has_dense", "has_cost_scale"),
     *("has_slope", "has_extra", "has_slope_a", "has_slope_b", "has_extra_a", "has_extra_b"),
 )
+
+
+@triton.jit
+def exponent_l2(cost, h_out, h_in, reg):
+    """log2 of exp((h_r + h_c - C_rc) / reg), the sum with one rounding: what its two steps lose is collected (Knuth).
+
+    A small reg multiplies that error, and nothing after it can undo it. Weights join the exponent before it is raised;
+    exp alone could overflow.
+    """
+    finite = cost < float("inf")
+    c = tl.where(finite, cost, 0.0)
+    s = h_in[None, :] - c
+    minus_c = s - h_in[None, :]
+    lost = (h_in[None, :] - (s - minus_c)) - (c + minus_c)
+    t = s + h_out[:, None]
+    just_h = t - s
+    lost += (s - (t - just_h)) + (h_out[:, None] - just_h)
+    return tl.where(finite, t + lost, float("-inf")) * (LOG2_E / reg)
 
 
 @triton.jit
@@ -191,11 +211,18 @@ def cost_tile(
         )  # fmt: skip
         if KIND == DISTANCE:
             # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>  # (ROWS, COLS)
-            scale = xx[:, None] + yy[None, :]
+            # With few features sums of differences cost little, and the product's error much where reg is small.
+            by_product = (D > FEW).to(COMPUTE)
+            scale = (xx[:, None] + yy[None, :]) * by_product
             cost = squared_distance_again(
-                tl.maximum(scale - 2 * xy, 0.0), scale, x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d,
-                rows, cols, n, m, D, COLS, BLOCK_D, COMPUTE,
+                tl.maximum(scale - 2 * by_product * xy, 0.0), scale, x_ptr, y_ptr,
+                stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, COLS, BLOCK_D, COMPUTE,
             )  # fmt: skip
+            for d in range(0, tl.where(D > FEW, 0, D)):
+                x = tl.load(x_ptr + rows.to(tl.int64) * stride_x_n + d * stride_x_d, mask=rows < n, other=0.0)
+                y = tl.load(y_ptr + cols.to(tl.int64) * stride_y_n + d * stride_y_d, mask=cols < m, other=0.0)
+                difference = x.to(COMPUTE)[:, None] - y.to(COMPUTE)[None, :]
+                cost += difference * difference
             if metric == EUCLIDEAN:
                 cost = tl.sqrt(cost)
         else:

@@ -1,7 +1,8 @@
-"""Debiased values: the problems (a, b), (a, a) and (b, b) as one batch.
+"""Debiased values: the problems (a, b), (a, a) and (b, b).
 
-Three times the batch is one call of the op, hence one launch, and autograd carries the gradients of all three back
-through the copies made here. Of the symmetric problems only the row potentials are kept.
+On an accelerator they are one batch of three times the items, hence one call of the op; autograd carries the gradients
+of all three back through the copies made here. A CPU launches nothing, and copies of large clouds would take it longer
+than solving: there each of the three is a call of its own, on the clouds as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otkern import ops
+from otkern import backends, ops
 from otkern.ops import Iterations
 from otkern.problem import Inputs, check_points, check_values, cost_scale, item_sizes, masses, weights_of
 from otkern.result import OTResult
@@ -21,37 +22,81 @@ from otkern.result import OTResult
 if TYPE_CHECKING:
     from otkern.solve import Call
 
+Outputs = tuple[Tensor, ...]
+
 
 def run_debiased(call: Call) -> OTResult:
     """The result between the clouds of ``call``, with the value of equation (22)."""
     inputs, how, backend = call.inputs, call.differentiation, call.backend
     check_kind(inputs)
     differentiated = torch.is_grad_enabled() and (inputs.x_a.requires_grad or inputs.x_b.requires_grad)
-    # The gradients of the three problems nearly cancel: they must meet before anything is rounded to 16 bits.
-    stack = stacked(inputs.widened() if differentiated else inputs)
-    iterations = _stacked_iterations(inputs, stack, call.iterations)
-    value, f, g, multipliers, marginal_error, n_iters = on_stack(
-        inputs, call.check, lambda: ops.sinkhorn(stack, iterations, how, call.check, backend)
-    )
     if how.grad in ("implicit", "unrolled"):
-        how = how._replace(iterations=iterations if how.grad == "unrolled" else None)
-        wide = stack.widened()
-        attached_f, attached_g, attached = ops.potentials(wide, f, g, multipliers, how, backend)
-        value = ops.dual_value(wide, value, attached_f, attached_g, attached, backend)
-    f, f_self, g_self = row_parts(inputs, stack, f)
+        how = how._replace(iterations=None)
+
+    def solve(problem: Inputs) -> Outputs:
+        iterations = _iterations_of(inputs, problem, call.iterations)
+        value, f, g, multipliers, error, n_iters = ops.sinkhorn(problem, iterations, how, call.check, backend)
+        if how.grad in ("implicit", "unrolled"):
+            wide = problem.widened()
+            differentiation = how._replace(iterations=iterations if how.grad == "unrolled" else None)
+            attached = ops.potentials(wide, f, g, multipliers, differentiation, backend)
+            value = ops.dual_value(wide, value, *attached, backend)
+        return value, f, g, multipliers, error, n_iters
+
+    # The gradients of the three problems nearly cancel: they must meet before anything is rounded to 16 bits.
+    wide = inputs.widened() if differentiated else inputs
+    kinds = ("item", "row", "column", "item", "item", "item")
+    pair, self_a, self_b = solve_three(wide, call.check, backend, solve, kinds)
+    values, errors, counts = (torch.stack([part[i] for part in (pair, self_a, self_b)]) for i in (0, 4, 5))
     return OTResult(
         inputs=inputs,
-        value=_debiased(inputs, value),
-        f=f,
-        g=column_part(inputs, stack, g),
-        multipliers=multipliers[: inputs.batch],
-        marginal_error=marginal_error.unflatten(0, (3, inputs.batch)).amax(0),
-        n_iters=n_iters.unflatten(0, (3, inputs.batch)).amax(0),
+        value=_debiased(inputs, values),
+        f=pair[1],
+        g=pair[2],
+        multipliers=pair[3],
+        marginal_error=errors.amax(0),
+        n_iters=counts.amax(0),
         tol=call.tol,
         batched=call.batched,
         backend=backend,
         differentiation=call.differentiation,
-        self_potentials=(f_self, g_self),
+        self_potentials=(self_a[1], self_b[1]),
+    )
+
+
+def solve_three(
+    inputs: Inputs, check: bool, backend: str, solve: Callable[[Inputs], Outputs], kinds: tuple[str, ...]
+) -> list[Outputs]:
+    """What ``solve`` returns of (a, b), (a, a) and (b, b); ``kinds``: whether of each "item", "row" or "column"."""
+    if not backends.launches(backend):
+        return [solve(inputs), solve(within(inputs, True)), solve(within(inputs, False))]
+    stack = stacked(inputs)
+    outputs = _on_stack(inputs, check, lambda: solve(stack))
+    parts = (_unstacked(inputs, stack, output, kind) for output, kind in zip(outputs, kinds, strict=True))
+    return list(zip(*parts, strict=True))
+
+
+def within(inputs: Inputs, side_a: bool) -> Inputs:
+    """The problem of matching one of the clouds with itself."""
+    names = [f"{name}_{'a' if side_a else 'b'}" for name in ("x", "lengths", "cu_seqlens", "max")]
+    x, lengths, offsets, longest = (getattr(inputs, name) for name in names)
+    weights = inputs.a if side_a else inputs.b
+    relaxation = inputs.relaxation
+    if relaxation is not None:
+        relaxation = relaxation[:, 0 if side_a else 1].unsqueeze(1).expand(-1, 2)
+    return inputs._replace(
+        x_a=x,
+        x_b=x,
+        a=weights,
+        b=weights,
+        relaxation=relaxation,
+        lengths_a=lengths,
+        lengths_b=lengths,
+        cu_seqlens_a=offsets,
+        cu_seqlens_b=offsets,
+        max_a=longest,
+        max_b=longest,
+        first_self=0,
     )
 
 
@@ -68,7 +113,7 @@ def check_kind(inputs: Inputs) -> None:
         )
 
 
-def on_stack(inputs: Inputs, check: bool, solve: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _on_stack(inputs: Inputs, check: bool, solve: Callable[[], Outputs]) -> Outputs:
     """What ``solve`` returns; bad values are reported of the argument and the item that the caller gave."""
     if not check or torch.compiler.is_compiling():
         return solve()
@@ -131,6 +176,7 @@ def stacked(inputs: Inputs) -> Inputs:
         cu_seqlens_b=offsets_b,
         max_a=longest,
         max_b=longest,
+        first_self=inputs.batch,
     )
 
 
@@ -142,42 +188,40 @@ def _offsets(inputs: Inputs, side_a: bool) -> Tensor:
     return torch.arange(inputs.batch + 1, dtype=torch.int32, device=inputs.device) * size
 
 
-def row_parts(inputs: Inputs, stack: Inputs, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a number for each row of the stack: those of (a, b), of (a, a) and of (b, b), in the layout of ``inputs``."""
+def _unstacked(inputs: Inputs, stack: Inputs, output: Tensor, kind: str) -> list[Tensor]:
+    """Of numbers for each item, row or column of the stack those of (a, b), (a, a) and (b, b), as `within` has them."""
+    if kind == "item":
+        return list(output.unflatten(0, (3, inputs.batch)).unbind(0))
+    shapes = [inputs.shape_f if kind == "row" else inputs.shape_g, inputs.shape_f, inputs.shape_g]
     if stack.packed:
-        total_a = math.prod(inputs.shape_f)
-        parts = rows.split([total_a, total_a, rows.shape[0] - 2 * total_a])
+        parts = output.split([math.prod(shape) for shape in shapes])
     else:
-        parts = rows.unflatten(0, (3, inputs.batch)).unbind(0)
-    return _as(inputs, True, parts[0]), _as(inputs, True, parts[1]), _as(inputs, False, parts[2])
+        parts = output.unflatten(0, (3, inputs.batch)).unbind(0)
+    return [
+        part.reshape(shape) if part.dim() == 1 else part[:, : shape[1]].contiguous()
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
-def column_part(inputs: Inputs, stack: Inputs, columns: Tensor) -> Tensor:
-    """Of one number for each column of the stack: those of (a, b), in the layout of ``inputs``."""
-    first = math.prod(inputs.shape_g) if stack.packed else inputs.batch
-    return _as(inputs, False, columns[:first])
-
-
-def _as(inputs: Inputs, side_a: bool, part: Tensor) -> Tensor:
-    shape = inputs.shape_f if side_a else inputs.shape_g
-    return part.reshape(shape) if part.dim() == 1 else part[:, : shape[1]].contiguous()
-
-
-def _stacked_iterations(inputs: Inputs, stack: Inputs, iterations: Iterations) -> Iterations:
-    """The same for the stack: a schedule starts each problem at its own scale, a warm start is for (a, b) alone."""
+def _iterations_of(inputs: Inputs, problem: Inputs, iterations: Iterations) -> Iterations:
+    """Those of the call for the stack or a part: a schedule starts at its own scale, a warm start is for (a, b)."""
+    if problem.first_self < 0:
+        return iterations
     g_init, eps_start = iterations.g_init, iterations.eps_start
-    if g_init is not None:
-        missing = stack.max_b - inputs.max_b
-        first = g_init.flatten() if stack.packed else torch.nn.functional.pad(g_init, (0, missing))
-        g_init = torch.cat([first, first.new_zeros((stack.shape_g[0] - first.shape[0], *first.shape[1:]))])
+    if problem.first_self == 0:
+        g_init = None
+    elif g_init is not None:
+        missing = problem.max_b - inputs.max_b
+        first = g_init.flatten() if problem.packed else torch.nn.functional.pad(g_init, (0, missing))
+        g_init = torch.cat([first, first.new_zeros((problem.shape_g[0] - first.shape[0], *first.shape[1:]))])
     if eps_start is not None:
-        eps_start = cost_scale(stack.detach())
+        eps_start = cost_scale(problem.detach())
     return iterations._replace(g_init=g_init, eps_start=eps_start)
 
 
-def _debiased(inputs: Inputs, value: Tensor) -> Tensor:
-    """OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + eps (sum a - sum b)^2 / 2 of the stack's values, equation (22); (B,)."""
-    cross, self_a, self_b = value.unflatten(0, (3, inputs.batch)).unbind(0)
+def _debiased(inputs: Inputs, values: Tensor) -> Tensor:
+    """OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + eps (sum a - sum b)^2 / 2 of the values (3, B), equation (22); (B,)."""
+    cross, self_a, self_b = values.unbind(0)
     value = cross - (self_a + self_b) / 2
     if inputs.kind == "unbalanced":
         value = value + inputs.reg * (masses(inputs, True) - masses(inputs, False)).square() / 2
