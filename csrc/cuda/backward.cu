@@ -53,9 +53,11 @@ OTKERN_DEVICE void write_gradients(const PlanTile<T> &tile, T dvalue) {
         weighted_sums<T, false>(tile, tile.at.y, features, write);
 }
 
-// Zeros in the tile's part of what lies beyond the item's true size, or in all of it.
+// Zeros in the tile's part of what lies beyond the item's true size, or in all of it; with `no_points` in all gradients
+// of the points.
 template <class T>
-OTKERN_DEVICE void clear_tile(const PlanArguments &arguments, const Item<T> &item, int first, bool everything) {
+OTKERN_DEVICE void clear_tile(const PlanArguments &arguments, const Item<T> &item, int first, bool everything,
+                              bool no_points) {
     const Problem &p = arguments.problem;
     const int n = everything ? 0 : item.n, m = everything ? 0 : item.m;
     const int64_t last = minimum<int64_t>(first + arguments.rows, item.room_a);
@@ -64,11 +66,10 @@ OTKERN_DEVICE void clear_tile(const PlanArguments &arguments, const Item<T> &ite
         if (arguments.dcost)
             for (int64_t j = start + thread_rank(); j < p.max_b; j += block_threads())
                 store_element(arguments.dcost, p.dtype, (item.index * p.max_a + i) * p.max_b + j, T(0));
-        if (i < n) continue;
-        if (arguments.dx)
+        if (arguments.dx && (i >= n || no_points))
             for (int64_t k = thread_rank(); k < p.features; k += block_threads())
                 store_element(arguments.dx, p.dtype, row * p.features + k, T(0));
-        if (thread_rank() != 0) continue;
+        if (i < n || thread_rank() != 0) continue;
         if (arguments.sums) static_cast<T *>(arguments.sums)[row] = 0;
         if (arguments.terms) static_cast<T *>(arguments.terms)[row] = 0;
     }
@@ -82,7 +83,9 @@ OTKERN_KERNEL plan_backward_kernel(OTKERN_ARGUMENT PlanArguments arguments) {
     const int first = int(place % arguments.tiles) * arguments.rows;
     const T dvalue = arguments.scale ? T(1) : static_cast<const T *>(arguments.dvalue)[item.index];
     const bool nothing = item.n == 0 || item.m == 0 || dvalue == 0;
-    clear_tile(arguments, item, first, nothing);
+    // Of a cloud with itself the caller counts the gradient of one side twice.
+    const bool no_points = item.same && arguments.exchanged && arguments.scale == nullptr;
+    clear_tile(arguments, item, first, nothing, no_points);
     if (nothing || first >= item.n) return;
     PlanTile<T> tile(arguments, item, first);
     tile.read();
@@ -101,7 +104,7 @@ OTKERN_KERNEL plan_backward_kernel(OTKERN_ARGUMENT PlanArguments arguments) {
             const T term = given || row.a != 0 ? entropy : T(0);
             if (arguments.terms) static_cast<T *>(arguments.terms)[item.first_a + row.row] = term;
         });
-    if (arguments.dx) write_gradients(tile, dvalue);
+    if (arguments.dx && !no_points) write_gradients(tile, dvalue);
 }
 
 struct SumArguments {
@@ -143,6 +146,7 @@ PlanArguments rows_of(const BackwardCall &call) {
 PlanArguments columns_of(const BackwardCall &call) {
     PlanArguments arguments = rows_of(call);
     arguments.problem = exchanged(call.problem);
+    arguments.exchanged = true;
     arguments.f = call.g;
     arguments.g = call.f;
     arguments.row = call.col;

@@ -61,6 +61,7 @@ struct PlanArguments {
     void *out = nullptr, *plan = nullptr;
     int64_t channels = 0;
     bool times_cost = false;
+    bool exchanged = false;  // these are the columns of the problem
     int rows = 0;            // that a block makes
     int64_t tiles = 0;       // of so many rows, of an item
     int64_t first_tile = 0;  // of the launch, counted over the batch

@@ -99,9 +99,9 @@ struct CostTiles {
             }
         }
     }
-    // From the sum over features at (i, j).
+    // From the sum over features at (i, j); the same number at (j, i) of the exchanged clouds.
     OTKERN_DEVICE static T cost_of(Metric metric, const Cloud<T> &a, const Cloud<T> &b, int i, int j, T sum) {
-        if (metric == Metric::cosine) return 1 - sum * a.inverse_norm[i] * b.inverse_norm[j];
+        if (metric == Metric::cosine) return 1 - sum * (a.inverse_norm[i] * b.inverse_norm[j]);
         if (metric == Metric::dot) return -sum;
         return metric == Metric::euclidean ? root_of(sum) : sum;
     }

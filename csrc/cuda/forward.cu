@@ -2,6 +2,7 @@
 #include "classes.h"
 #include "kernel_domain.h"
 #include "log_domain.h"
+#include "self.h"
 
 namespace otkern {
 namespace cuda {
@@ -36,7 +37,7 @@ OTKERN_DEVICE void write_results(const ForwardCall &call, const Item<T> &item, S
     }
     team.reduce(sums, 0x1ff);
     const double reg = item.reg, sum_a = sums[2], sum_b = sums[3];
-    const double moved = solver.partial ? double(solver.mass) : sums[6];
+    const double moved = solver.partial ? double(solver.mass) : item.same ? sum_b + solver.excess : sums[6];
     // Only two constraints leave the potentials a gauge: <a, f + t> = <b, g - t>.
     T shift = 0;
     if (side_a.is_constraint() && side_b.is_constraint() && sum_a + sum_b > 0)

@@ -17,6 +17,7 @@ struct Item {
     int64_t room_a, room_b;      // rows the item has there: N, M when padded, n, m when packed
     int64_t offset_a, offset_b;  // of the item's first point, in elements
     T reg, inverse_reg, null_cost;
+    bool same;  // a cloud with itself
 
     OTKERN_DEVICE Item(const Problem &p, int64_t index_, bool with_null) : index(index_) {
         const bool packed = p.cu_seqlens_a != nullptr;
@@ -29,6 +30,7 @@ struct Item {
         null_cost = with_null ? relaxation(p, 0) : T(0);
         reg = static_cast<const T *>(p.reg)[index];
         inverse_reg = 1 / reg;
+        same = index >= p.n_pairs;
     }
 
     // Sizes are checked in Python where that was asked for; no value of theirs may lead outside the tensors, nor, in a

@@ -74,7 +74,7 @@ template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::kernel_row_step(bool columns_too, bool compare) {
     kernel_dots();
     team.sync();
-    T notes[4] = {-infinity<T>(), 0, 0, 0};
+    T notes[5] = {-infinity<T>(), 0, 0, 0, 0};
     for_rows([&](int i) {
         const T weight = at.a[i], F = at.F[i], offset = at.offset_a[i];
         const bool dead = at.dead_a[i] != 0;
@@ -86,6 +86,7 @@ OTKERN_DEVICE void Sinkhorn<T>::kernel_row_step(bool columns_too, bool compare) 
         notes[2] = maximum(scale, notes[2]);
         if (compare && weight > 0) {
             const T before = at.counted_sums[i];
+            if (!dead) notes[4] += weight * (s / before - 1);
             if (dead)
                 notes[3] += side_a.is_constraint() ? weight : T(0);
             else if (relaxed)
@@ -96,9 +97,9 @@ OTKERN_DEVICE void Sinkhorn<T>::kernel_row_step(bool columns_too, bool compare) 
         at.row_sums[i] = r;
         at.row_scale[i] = scale;
     });
-    team.note(notes, 8);
+    team.note(notes, 24);
     team.sync();
-    team.send(notes, 8);
+    team.send(notes, 24);
     if (columns_too) {
         for (int j = team.thread; j < item.m; j += kGroup * team.threads) {
             T sums[kGroup] = {};
@@ -114,11 +115,11 @@ OTKERN_DEVICE void Sinkhorn<T>::kernel_row_step(bool columns_too, bool compare) 
         }
     }
     team.sync_all();
-    team.collect(notes, 8);
+    team.collect(notes, 24);
     smallest_row = -notes[0];
     largest_row = notes[1];
     heaviest_row = notes[2];
-    if (compare) error = double(notes[3]) + dead_columns + column_gap;
+    if (compare) note_error(notes[3], notes[4]);
 }
 
 // row_sums_i = sum_j K_ij b_j v_j.

@@ -29,24 +29,26 @@ OTKERN_DEVICE void Sinkhorn<T>::log_row_step(bool columns_too, bool compare) {
         soft_min[i] = -(origin + eps * log_of(maximum(sum, tiny<T>()))) - lam;
     }
     team.sync();
-    T notes[1] = {0};
+    T notes[2] = {0, 0};
     for_rows([&](int i) {
         const T weight = at.a[i], offset = at.offset_a[i], s = soft_min[i];
         const bool dead = at.dead_a[i] != 0;
         at.new_f[i] = dead ? side_a.of_dead(offset) : relaxed ? side_a.potential(s, offset) : s;
         if (!compare || !(weight > 0)) return;
+        const T ratio = dead ? T(1) : exp_of((at.F[i] - s) * inverse_eps);
+        notes[1] += weight * (ratio - 1);
         if (dead)
             notes[0] += side_a.is_constraint() ? weight : T(0);
         else
-            notes[0] += weight * side_a.gap(exp_of((at.F[i] - s) * inverse_eps), at.F[i], offset);
+            notes[0] += weight * side_a.gap(ratio, at.F[i], offset);
     });
-    team.note(notes, 1);
+    team.note(notes, 3);
     team.sync();
-    team.send(notes, 1);
+    team.send(notes, 3);
     if (columns_too) log_columns();
     team.sync_all();
-    team.collect(notes, 1);
-    if (compare) error = double(notes[0]) + dead_columns + column_gap;
+    team.collect(notes, 3);
+    if (compare) note_error(notes[0], notes[1]);
 }
 
 // Peaks and sums of the columns over the block's rows, with potentials new_f.

@@ -6,6 +6,7 @@
 //   * rows: a warp makes the sum of four rows; then a thread finishes each row;
 //   * columns: a thread makes the sum of a column over the block's rows; after a barrier of the cluster, the column's
 //     owner adds those of the blocks in their order, finishes it, and gives every block the result.
+// A cloud with itself needs one potential and one half of this: self.h.
 // With `keeps_cost` there are two matrices. Else the kernel takes the place of the cost, which is formed again from the
 // points when it is needed: to absorb anew, or for iterations in the log domain.
 #pragma once
@@ -92,8 +93,9 @@ class Sinkhorn {
     Side<T> side_a, side_b;
     int first_row, rows, first_column, columns;  // of the block
     int64_t iterations = 0;
-    double error = 0;  // marginal error at the potentials
-    T mass, lam = 0;   // of a partial problem: the total mass asked for, and its multiplier
+    double error = 0;   // marginal error at the potentials
+    double excess = 0;  // of a cloud with itself: by how much the plan has more mass than the weights
+    T mass, lam = 0;    // of a partial problem: the total mass asked for, and its multiplier
     bool partial;
     bool nothing_moves = false;  // a partial problem without a single pair
 
@@ -124,6 +126,21 @@ class Sinkhorn {
     OTKERN_DEVICE void leave_kernel();
     OTKERN_DEVICE void log_row_step(bool columns_too, bool compare);
     OTKERN_DEVICE void log_columns();
+    OTKERN_DEVICE bool self_step(bool in_kernel);
+    OTKERN_DEVICE void leave_self_kernel();
+    OTKERN_DEVICE void finish_self(bool in_kernel);
+    OTKERN_DEVICE bool column_step(bool in_kernel);
+    OTKERN_DEVICE void leave() {
+        if (item.same)
+            leave_self_kernel();
+        else
+            leave_kernel();
+    }
+    // From a pass over rows: its part of the marginal error, and by how much their sums are above their weights.
+    OTKERN_DEVICE void note_error(T of_rows, T above) {
+        error = item.same ? 2 * double(of_rows) : double(of_rows) + dead_columns + column_gap;
+        excess = double(above);
+    }
     OTKERN_DEVICE void log_column_step();
     struct MassStep {
         T moved, change;  // the mass after the column half; the step of lam / eps that makes it the one asked for
@@ -225,6 +242,14 @@ OTKERN_DEVICE typename Sinkhorn<T>::MassStep Sinkhorn<T>::mass_step() {
     return {exp_of(log_moved), change, team.sum(gap), false};
 }
 
+// The column half. False, on every thread alike, when the pass does not count.
+template <class T>
+OTKERN_DEVICE bool Sinkhorn<T>::column_step(bool in_kernel) {
+    if (in_kernel) return kernel_column_step();
+    log_column_step();
+    return true;
+}
+
 // After the last row half: rows without weight follow the final g.
 template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::finish(bool in_kernel) {
@@ -257,32 +282,27 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
         team.sync_all();
     }
     set_eps(first_eps());
-    bool in_kernel = enter_kernel();
+    bool in_kernel = !item.same && enter_kernel();
     bool at_reg = false;                  // the last iteration was done at reg
     int64_t passes = 0;                   // counted passes since K was built
     int64_t log_run = 1, left = log_run;  // log-domain iterations to do before the next attempt
     for (;;) {
         const bool last = iterations == call.max_iter, compare = at_reg && (last || call.tol >= 0);
         if (in_kernel)
-            kernel_row_step(!last, compare);
+            kernel_row_step(!last && !item.same, compare);
         else
-            log_row_step(!last, compare);
+            log_row_step(!last && !item.same, compare);
         if (last || (compare && error <= call.tol)) {
             if (!in_kernel || row_sums_count()) break;
-            leave_kernel();
+            leave();
             in_kernel = false;
             left = log_run = 1;
             continue;
         }
-        bool counts = true;
-        if (in_kernel)
-            counts = kernel_column_step();
-        else
-            log_column_step();
-        if (!counts) {
+        if (!(item.same ? self_step(in_kernel) : column_step(in_kernel))) {
             log_run = passes == 0 ? minimum<int64_t>(2 * log_run, 32) : 1;
             left = log_run;
-            leave_kernel();
+            leave();
             in_kernel = false;
             continue;
         }
@@ -290,10 +310,12 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
         at_reg = eps == item.reg;
         if (!at_reg) {
             set_eps(iterations + 1 == call.max_iter ? item.reg : maximum(item.reg, eps * T(call.eps_factor)));
-            in_kernel = enter_kernel();
+            in_kernel = !item.same && enter_kernel();
         } else if (in_kernel) {
-            exchange(at.row_sums, at.counted_sums);
-            exchange(at.v, at.new_v);
+            if (!item.same) {
+                exchange(at.row_sums, at.counted_sums);
+                exchange(at.v, at.new_v);
+            }
             ++passes;
         } else if (absorbs && --left <= 0 && iterations < call.max_iter) {
             in_kernel = build_kernel();
@@ -304,7 +326,10 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
             }
         }
     }
-    finish(in_kernel);
+    if (item.same)
+        finish_self(in_kernel);
+    else
+        finish(in_kernel);
 }
 
 }  // namespace cuda
