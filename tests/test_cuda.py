@@ -28,6 +28,9 @@ def make(kind, metric, dtype, sizes=SIZES, **options):
     return inputs._replace(kind=kind, relaxation=relaxation)
 
 
+ORDERS = ({"backward": True}, {"ahead": True}, {"backward": True, "ahead": True})
+
+
 @pytest.fixture
 def limits(monkeypatch):
     """Sets what the device allows."""
@@ -66,6 +69,27 @@ def assert_as_exact(found, expected, dtype) -> None:
     slack = 2e-5 if dtype == torch.float32 else 1e-12
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y.to(x.dtype), rtol=slack, atol=slack)
+
+
+@needs_executor
+@pytest.mark.parametrize("number", range(9))
+def test_every_class_solves_its_largest_problem(number):
+    cpu = pytest.importorskip("otkern.backends.cpu")
+    if cpu.missing() is not None:
+        pytest.skip(cpu.missing())
+    inputs = make_inputs("cosine", torch.float32, (1,), (1,), d=6)
+    side = 1
+    while cuda._bytes(inputs, number, side + 1, side + 1) <= cuda._classes(inputs)[number]["bytes"]:
+        side += 1
+    inputs = make_inputs("cosine", torch.float32, (side,), (side,), d=6, reg=0.05)._replace(
+        lengths_a=None, lengths_b=None
+    )
+    assert cuda._size_class(inputs) == number
+    found, expected = (backend.forward(inputs, None, 6, -1.0) for backend in (cuda, cpu))
+    assert_as_exact(found[:3], expected[:3], torch.float32)
+    needs, one = (True, True, False, True, True), torch.ones(1)
+    found, expected = (backend.backward(inputs, *found[1:3], one, needs) for backend in (cuda, cpu))
+    assert_as_exact(*([t for t in grads if t is not None] for grads in (found, expected)), torch.float32)
 
 
 @needs_executor
@@ -108,10 +132,99 @@ def test_the_order_of_threads_changes_no_bit(limits, executor, kind):
         for metric in ("cosine", "euclidean", "cost"):
             inputs = make(kind, metric, torch.float32, d=12)._replace(entropy=kind == "partial")
             forward = everything(inputs, schedule=schedule)
-            for order in ({"backward": True}, {"ahead": True}, {"backward": True, "ahead": True}):
+            for order in ORDERS:
                 executor.set_order(**order)
                 assert same(everything(inputs, schedule=schedule), forward), (allowed, metric, order)
             executor.set_order()
+
+
+def make_self(metric, dtype, sizes=(5, 17, 64, 70), rho=None, **options):
+    """Two pairs of clouds, then two clouds with themselves, all with clouds of one size."""
+    inputs = make_inputs(metric, dtype, sizes, sizes, **options)
+    x_b, b = inputs.x_b.clone(), inputs.b.clone()
+    x_b[2:], b[2:] = inputs.x_a[2:], inputs.a[2:]
+    inputs = inputs._replace(x_b=x_b, b=b, first_self=2)
+    if rho is None:
+        return inputs
+    relaxation = torch.full((len(sizes), 2), rho, dtype=inputs.reg.dtype)
+    return inputs._replace(kind="unbalanced", relaxation=relaxation)
+
+
+@needs_executor
+@pytest.mark.parametrize("rho", [None, 0.7])
+@pytest.mark.parametrize(("metric", "reg"), [("cosine", 0.2), ("euclidean", 0.02)])
+def test_clouds_with_themselves_are_those_of_the_reference_in_any_order(limits, executor, metric, reg, rho):
+    for allowed in ((227 << 10, 16), SMALL["clusters"]):
+        limits(allowed)
+        inputs = make_self(metric, torch.float32, reg=reg, rho=rho, d=12)
+        found = cuda.forward(inputs, None, 12, -1.0)
+        assert_as_exact(found[:3], reference.forward(inputs, None, 12, -1.0)[:3], torch.float32)
+        for order in ORDERS:
+            executor.set_order(**order)
+            assert same(cuda.forward(inputs, None, 12, -1.0), found)
+        executor.set_order()
+        assert torch.equal(found[1][2:], found[2][2:])
+
+
+@needs_executor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("d", [1, 16, 45])
+def test_the_matrix_units_form_the_cost_of_fp32(dtype, metric, d):
+    inputs = make("balanced", metric, dtype, d=d)
+    # Rows whose squares leave the range of fp32, and would leave it in 16 bits.
+    inputs.x_a[2, 3] *= 2.0**-14
+    found = cuda.forward(inputs, None, 12, -1.0)
+    widened = cuda.forward(inputs.widened(), None, 12, -1.0)
+    for x, y in zip(found[:3], widened[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the executor has no streams")
+
+
+def on_gpu(dtype=torch.float32):
+    """Items of every class, clusters among them."""
+    sizes = ((5, 60, 100, 160, 300, 640, 900), (9, 64, 90, 150, 310, 600, 890))
+    inputs = make_inputs("cosine", dtype, *sizes, d=64)
+    return type(inputs)(*(v.cuda() if isinstance(v, torch.Tensor) else v for v in inputs))
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device():
+    inputs = on_gpu()
+    cuda._limits(inputs.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value, f, g, *_ = cuda.forward(inputs, None, 20, 1e-3)
+        cuda.backward(inputs, f, g, torch.ones_like(value), (True, True, False, True, True))
+        cuda.apply(inputs, f, g, g.unsqueeze(-1), False, False)
+        cuda.implicit(inputs, f, g, None, None, None, None, f, g, True, 1e-4, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_call_can_be_captured_in_a_graph_and_repeats_its_bits():
+    inputs = on_gpu()
+    expected = cuda.forward(inputs, None, 20, 1e-3)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.forward(inputs, None, 20, 1e-3)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same(captured, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_class_agrees_with_the_cpu_on_the_device(dtype):
+    cpu = pytest.importorskip("otkern.backends.cpu")
+    inputs = on_gpu(dtype)
+    on_cpu = type(inputs)(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in inputs))
+    found = [t.cpu() for t in cuda.forward(inputs, None, 20, -1.0)[:3]]
+    assert_as_exact(found, cpu.forward(on_cpu, None, 20, -1.0)[:3], torch.float32)
 
 
 @needs_executor
