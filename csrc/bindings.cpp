@@ -109,8 +109,8 @@ BadInput forward(const otkern::Problem &problem, Address g_init, Address eps_sta
 }
 
 BadInput symmetric(const otkern::Problem &problem, Address eps_start, Address n_steps, double eps_factor,
-                   double cost_floor, bool check, std::int64_t store_bytes, Address s_a,
-                   Address s_b, Address f, Address g, Address r_a, Address r_b, int threads) {
+                   double cost_floor, bool check, std::int64_t store_bytes, Address s_a, Address s_b, Address f,
+                   Address g, Address r_a, Address r_b, int threads) {
     otkern::SymmetricCall call;
     call.problem = problem;
     call.eps_start = pointer<const void>(eps_start);
@@ -251,9 +251,9 @@ PYBIND11_MODULE(_native, module) {
                py::arg("n_iters"), py::arg("threads"),
                "Returns None, or (item, argument) of the first item with bad input: argument 0 x_a, 1 x_b, 2 cost.");
     module.def("cpu_symmetric", &symmetric, py::arg("problem"), py::kw_only(), py::arg("eps_start"), py::arg("n_steps"),
-               py::arg("eps_factor"), py::arg("cost_floor"), py::arg("check"),
-               py::arg("store_bytes"), py::arg("s_a"), py::arg("s_b"), py::arg("f"), py::arg("g"), py::arg("r_a"),
-               py::arg("r_b"), py::arg("threads"), "Returns what cpu_forward returns.");
+               py::arg("eps_factor"), py::arg("cost_floor"), py::arg("check"), py::arg("store_bytes"), py::arg("s_a"),
+               py::arg("s_b"), py::arg("f"), py::arg("g"), py::arg("r_a"), py::arg("r_b"), py::arg("threads"),
+               "Returns what cpu_forward returns.");
     module.def("cpu_backward", &backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
                py::arg("dvalue"), py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("ratio_a"),
                py::arg("ratio_b"), py::arg("entropy"), py::arg("threads"));

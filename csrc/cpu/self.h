@@ -2,8 +2,8 @@
 //
 //   h <- (h + k s[h]) / 2, and in the kernel domain, h = H + eps log v and u as the row sums ask:  v <- sqrt(v u)
 //
-// One pass over the rows is a whole iteration, whose error falls by a factor of at least 2 where exp(-C / eps) is positive
-// definite. Its row sums are the marginals at the potential before, and serve as the test for stopping.
+// One pass over the rows is a whole iteration, whose error falls by a factor of at least 2 where exp(-C / eps) is
+// positive definite. Its row sums are the marginals at the potential before, and serve as the test for stopping.
 #pragma once
 
 #include "sinkhorn.h"

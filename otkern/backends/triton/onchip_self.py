@@ -39,14 +39,16 @@ def solve_self(
     eps = tl.where(max_iter > 1, tl.maximum(reg, tl.load(eps_start_ptr + item)), reg)
     # an empty cloud leaves nothing to iterate
     tol += tl.where(n == 0, float("inf"), 0.0)
-    h, error, k = iterate_self(
-        cost, a_ptr, start, n, has_a, reg, eps, tl.load(eps_factor_ptr), rho, kind, max_iter, tol, BLOCK, COMPUTE
+    tl.store(f_ptr + start + i, tl.zeros((BLOCK,), COMPUTE), mask=i < n)
+    z, error, k = iterate_self(
+        cost, a_ptr, f_ptr, start, n, has_a, reg, eps, tl.load(eps_factor_ptr), rho, kind, max_iter, tol, BLOCK, COMPUTE
     )
 
     i = not_before(i, error)
     item = not_before(item, error)
     start, n = item_span(item, sizes_a_ptr, mode_a, N)
     a = load_weights(a_ptr, start, i, n, has_a, COMPUTE)
+    h = tl.load(f_ptr + start + i, mask=i < n, other=0.0) + z * (LN_2 * reg)
     s = soft_min(h[None, :], cost, log2_weights(a)[None, :], reg, 1)
     h = tl.where(a > 0, h, s / (1.0 + reg / rho))
     value = self_value(tl.where(a > 0, h, 0.0), s, a, reg, rho, kind)
@@ -60,53 +62,63 @@ def solve_self(
 
 @triton.jit
 def iterate_self(
-    cost, a_ptr, start, n, has_a, reg, eps, factor, rho, kind, max_iter, tol,
+    cost, a_ptr, h_ptr, start, n, has_a, reg, eps, factor, rho, kind, max_iter, tol,
     BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The potential of a cloud with itself, its marginal error and how many iterations there were."""
+    """The scalings of the absorbed potential, the marginal error and how many iterations there were.
+
+    Weights and the absorbed potential, h_ptr, are read in every iteration: a vector over 128 rows takes 16 registers a
+    thread.
+    """
     i = tl.arange(0, BLOCK)
     kernel = tl.zeros((BLOCK, BLOCK), COMPUTE)
-    h = tl.zeros((BLOCK,), COMPUTE)
     z = tl.zeros((BLOCK,), COMPUTE)
-    row_sum = tl.zeros((BLOCK,), COMPUTE) + 1.0
-    # Scalings know h to the rounding of eps, and a small rho asks for it in its own unit.
-    absorbed_at = reg * 0.0
-    scalable = 8.0 * rho >= reg
+    # NaN: h has to be absorbed anew
+    row_sum = tl.zeros((BLOCK,), COMPUTE) + float("nan")
     error = reg + float("inf")
     k = 0
     while (k < max_iter) & (error > tol):
-        # s = h + eps log(S a / row sum), and half of the way to k s: equation (27)
-        slope = 1.0 / (1.0 + reg / rho)
-        # Weights are read again in every iteration: a vector over 128 rows takes 16 registers a thread.
+        # s = h + eps log(S a / row sum), and half of the way to k s: equation (27). The slope k is formed in the loop:
+        # kept, it and what follows from it take more registers than rho.
+        slope = 1.0 / (1.0 + reg / not_before(rho, error))
+        tl.debug_barrier()
+        h = tl.load(h_ptr + start + not_before(i, error), mask=i < n, other=0.0)
         scaled_a = load_weights(a_ptr, start, not_before(i, error), n, has_a, COMPUTE) * PLAN_SCALE
         ratio = tl.where(scaled_a > 0, scaled_a / tl.where(scaled_a > 0, row_sum, 1.0), 1.0)
         target = slope * tl.log2(ratio) - (1.0 - slope) * h * (LOG2_E / reg)
         next_z = tl.where(scaled_a > 0, 0.5 * (z + target), 0.0)
         unsafe = tl.sum((~(tl.abs(next_z) <= SCALING_L2)).to(tl.int32), axis=0)
-        if (unsafe > 0) | (eps != reg) | (absorbed_at != reg) | ~scalable:
+        if (unsafe > 0) | (eps != reg):
             log_a_l2 = log2_weights(scaled_a * (1.0 / PLAN_SCALE))
             h += z * (LN_2 * reg)
             s = soft_min(h[None, :], cost, log_a_l2[None, :], eps, 1)
             h = 0.5 * (h + s / (1.0 + eps / rho))
+            tl.debug_barrier()
+            tl.store(h_ptr + start + i, h, mask=i < n)
             # the weights again, so that the two passes over the tile are not mixed
-            again = load_weights(a_ptr, start, not_before(i, tl.max(tl.abs(s), axis=0)), n, has_a, COMPUTE)
-            log_a_l2 = log2_weights(again)
+            again = not_before(i, tl.max(tl.abs(s), axis=0))
+            log_a_l2 = log2_weights(load_weights(a_ptr, start, again, n, has_a, COMPUTE))
             exponent = (h[:, None] + h[None, :] - cost) * (LOG2_E / eps)
             kernel = scaled_exp2(exponent + (log_a_l2[:, None] + log_a_l2[None, :]))
             z = tl.zeros((BLOCK,), COMPUTE)
-            absorbed_at = eps
         else:
             z = next_z
         row_sum = tl.sum(kernel * tl.exp2(z)[None, :], axis=1)
         k += 1
         if (eps == reg) & ((tol >= 0) | (k == max_iter)):
-            asked = scaled_a
+            again = not_before(i, tl.sum(row_sum, axis=0))
+            asked = load_weights(a_ptr, start, again, n, has_a, COMPUTE) * PLAN_SCALE
             if kind == UNBALANCED:
-                asked = scaled_a * tl.exp2(bounded(-(h + z * (LN_2 * reg)) / rho) * LOG2_E)
+                tl.debug_barrier()
+                h = tl.load(h_ptr + start + again, mask=again < n, other=0.0)
+                asked *= tl.exp2(bounded(-(h + z * (LN_2 * reg)) / rho) * LOG2_E)
             error = tl.sum(tl.abs(tl.exp2(z) * row_sum - asked), axis=0) * (2.0 / PLAN_SCALE)
+        # K at another eps does not serve the next iteration. Scalings know h to the rounding of eps, and a small rho
+        # asks for it in its own unit.
+        row_sum = tl.where((eps == reg) & (8.0 * rho >= reg), row_sum, float("nan"))
         # the last allowed iteration is at reg
         eps = tl.where(k < max_iter - 1, tl.maximum(reg, eps * factor), reg)
-    return h + z * (LN_2 * reg), error, k
+    return z, error, k
 
 
 @triton.jit
