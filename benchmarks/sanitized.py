@@ -26,6 +26,7 @@ def main() -> None:
                 ("cosine", torch.float32, 128, 127),
                 ("euclidean", torch.float32, 150, 131),
                 ("sqeuclidean", torch.float16, 17, 64),
+                ("cosine", torch.bfloat16, 300, 290),
             ):
                 solve(metric, dtype, n, m, backend)
             for relaxation in ({"unbalanced": 0.5}, {"mass": 0.4}, {"null_cost": 0.3}, {"scaling": 0.5}):

@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu/call.h"
+#ifdef OTKERN_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -217,7 +220,11 @@ py::dict build_info() {
     py::dict info;
     std::string names;
     for (const std::string &name : cpu_levels()) names += (names.empty() ? "" : " ") + name;
+#ifdef OTKERN_CUDA
+    info["halves"] = "cpu cuda";
+#else
     info["halves"] = "cpu";
+#endif
     info["compiler"] = OTKERN_COMPILER;
     info["simd"] = names;
     return info;
@@ -266,4 +273,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("cpu_levels", &cpu_levels, "SIMD levels this machine can run, best first.");
     module.def("cpu_level", [] { return std::string(otkern::level()); }, "The SIMD level in use.");
     module.def("set_cpu_level", &set_cpu_level, py::arg("name"), "Use a level of cpu_levels(); for tests.");
+#ifdef OTKERN_CUDA
+    otkern::cuda::bindings::bind(module);
+#endif
 }

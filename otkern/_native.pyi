@@ -133,3 +133,107 @@ def build_info() -> dict[str, str]: ...
 def cpu_levels() -> list[str]: ...
 def cpu_level() -> str: ...
 def set_cpu_level(name: str) -> None: ...
+
+# The CUDA half, where it was built: `limits` is (bytes of shared memory of a block, blocks of a cluster).
+def cuda_forward(
+    problem: Problem,
+    *,
+    g_init: int,
+    eps_start: int,
+    eps_factor: float,
+    max_iter: int,
+    tol: float,
+    value: int,
+    f: int,
+    g: int,
+    multipliers: int,
+    marginal_error: int,
+    n_iters: int,
+    exact_sizes: bool,
+    log_domain_only: bool,
+    limits: tuple[int, int],
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_backward(
+    problem: Problem,
+    *,
+    f: int,
+    g: int,
+    dvalue: int,
+    dx_a: int,
+    dx_b: int,
+    dcost: int,
+    ratio_a: int,
+    ratio_b: int,
+    entropy: int,
+    terms_reg: int,
+    limits: tuple[int, int],
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_plan_backward(
+    problem: Problem,
+    *,
+    f: int,
+    g: int,
+    scale: int,
+    cost_scale: int,
+    dense: int,
+    row: int,
+    col: int,
+    dx_a: int,
+    dx_b: int,
+    dcost: int,
+    sum_a: int,
+    sum_b: int,
+    sum_reg: int,
+    terms_reg: int,
+    limits: tuple[int, int],
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_implicit(
+    problem: Problem,
+    *,
+    f: int,
+    g: int,
+    slope_a: int,
+    slope_b: int,
+    extra_a: int,
+    extra_b: int,
+    u_a: int,
+    u_b: int,
+    singular: bool,
+    tol: float,
+    max_iter: int,
+    p: int,
+    q: int,
+    residual: int,
+    n_iters: int,
+    exact_sizes: bool,
+    limits: tuple[int, int],
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_apply(
+    problem: Problem,
+    *,
+    f: int,
+    g: int,
+    v: int,
+    out: int,
+    plan: int,
+    channels: int,
+    transpose: bool,
+    times_cost: bool,
+    limits: tuple[int, int],
+    stream: int,
+    device: int,
+) -> None: ...
+def cuda_plan_rows(limits: tuple[int, int], wide: bool, m: int, directions: bool) -> tuple[int, int]: ...
+def cuda_classes(kernel: str, limits: tuple[int, int]) -> list[dict[str, int]]: ...
+def cuda_bytes(
+    kernel: str, limits: tuple[int, int], number: int, wide: bool, n: int, m: int, directions: bool
+) -> int: ...
+def cuda_limits(device: int) -> tuple[int, int]: ...

@@ -9,9 +9,10 @@ import hypothesis
 import pytest
 import torch
 
-# Read when a kernel is decorated, so set before anything imports Triton.
+# Read when a kernel is decorated, so set before anything imports Triton; and when a backend is first asked for.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("OTKERN_CUDA_EXECUTOR", "host")
 
 from otkern import backends, result
 
@@ -23,7 +24,7 @@ torch.use_deterministic_algorithms(True)
 hypothesis.settings.register_profile("otkern", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("otkern")
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 CASES_FILE = Path(__file__).parent.parent / ".cache" / "backend_cases.json"
 
 _cases = Counter()
@@ -47,7 +48,7 @@ def backend(request) -> str:
 
 @pytest.fixture
 def device(backend) -> str:
-    """Where this backend's tensors live: a GPU for Triton where there is one, else the CPU."""
+    """Where this backend's tensors live: a GPU for Triton and CUDA where there is one, else the CPU."""
     return device_of(backend)
 
 
@@ -58,7 +59,7 @@ def interpreted(backend) -> bool:
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def pytest_runtest_logreport(report):

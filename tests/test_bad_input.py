@@ -205,7 +205,6 @@ WRONG_VALUES = [
     (points, "grad", "autodiff", "envelope", "autodiff"),
     (points, "update", "gauss-seidel", "alternating", "gauss-seidel"),
     (points, "backend", "numpy", "reference", "numpy"),
-    (points, "backend", "cuda", "can run here", "cuda"),
     (points, "unbalanced", 0.0, "positive", "0.0"),
     (points, "unbalanced", (1.0, -1), "positive", "-1"),
     (points, "unbalanced", NAN, "positive", "nan"),

@@ -12,7 +12,8 @@ from otkern.backends import BACKENDS, unavailable
 
 
 def run_module(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | variables
+    set_by_tests = ("TRITON_INTERPRET", "OTKERN_CUDA_EXECUTOR")
+    environment = {key: value for key, value in os.environ.items() if key not in set_by_tests} | variables
     command = [sys.executable, "-m", name, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -37,13 +38,13 @@ def test_report_gives_a_reason_for_every_absent_backend():
             assert reason is None or (reason.strip() and "\n" not in reason)
 
 
-def test_reference_runs_everywhere_and_cuda_never_in_this_release():
-    for name, reasons in env.report()["backends"].items():
-        for reason in reasons.values():
-            if name == "reference":
-                assert reason is None
-            if name == "cuda":
-                assert "not part of this release" in reason
+def test_reference_runs_everywhere():
+    assert set(env.report()["backends"]["reference"].values()) == {None}
+
+
+def test_cuda_serves_cpu_tensors_only_where_its_executor_is_asked_for():
+    plain = json.loads(run_module("otkern.env", "--json").stdout)
+    assert "takes CUDA tensors" in plain["backends"]["cuda"]["cpu"]
 
 
 def test_report_says_how_to_run_triton_without_a_gpu():

@@ -312,7 +312,13 @@ def test_cpu_mode_fails_loudly_without_a_working_compiler(tmp_path, compiler):
     assert "OTKERN_BUILD=cpu failed" in done.stderr
 
 
-def test_cuda_mode_and_unknown_modes_fail_loudly(tmp_path):
-    assert "no CUDA sources" in build("cuda", tmp_path).stderr
-    assert "OTKERN_BUILD must be one of" in build("rocm", tmp_path).stderr
-    assert build("cuda", tmp_path).returncode != 0
+def test_cuda_mode_fails_loudly_without_nvcc(tmp_path):
+    done = build("cuda", tmp_path, CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert "OTKERN_BUILD=cuda failed: no nvcc was found" in done.stderr
+
+
+def test_unknown_modes_fail_loudly(tmp_path):
+    done = build("rocm", tmp_path)
+    assert done.returncode != 0
+    assert "OTKERN_BUILD must be one of" in done.stderr

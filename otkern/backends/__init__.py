@@ -19,6 +19,9 @@ with contextlib.suppress(ImportError):
 # In order of preference where none is asked for.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
+# Not chosen unless asked for, and why.
+UNMEASURED = {"cuda": "its kernels have not been timed on a GPU yet; backend='cuda' asks for it"}
+
 
 def load(name: str) -> ModuleType:
     """The backend's module; Triton is imported here and not before."""
@@ -31,7 +34,7 @@ def unavailable(name: str, device_type: str) -> str | None:
     if name == "reference":
         return None
     if name == "cuda":
-        return "the CUDA backend is not part of this release; CUDA tensors run on the Triton backend"
+        return load("cuda").missing(device_type)
     if name == "cpu":
         if device_type != "cpu":
             return f"the cpu backend takes CPU tensors, not {device_type} tensors"
@@ -68,7 +71,7 @@ def choose(
     if device_type == "cpu":
         # The interpreter makes Triton possible on CPU tensors, never fast.
         return "reference" if unavailable("cpu", "cpu") else "cpu"
-    return next(name for name in BACKENDS if unavailable(name, device_type) is None)
+    return next(name for name in BACKENDS if name not in UNMEASURED and unavailable(name, device_type) is None)
 
 
 def choose_symmetric(name: str | None, device_type: str) -> str:
@@ -101,7 +104,7 @@ def refusals(device_type: str, update: str, overrelaxation: float, grad: str) ->
     for name in BACKENDS:
         if name == chosen:
             return passed_over
-        reason = unavailable(name, device_type) or served_by_reference
+        reason = unavailable(name, device_type) or served_by_reference or UNMEASURED.get(name)
         if reason is not None:
             passed_over.append((name, reason))
     return passed_over

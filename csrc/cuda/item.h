@@ -1,0 +1,162 @@
+// One item of a batch: where it stands, its weights, its points.
+#pragma once
+
+#include "team.h"
+
+namespace otkern {
+namespace cuda {
+
+// True sizes and places of item `index`. With `with_null` the null points of Kind::null are its last row and its last
+// column.
+template <class T>
+struct Item {
+    int64_t index;
+    int points_a, points_b;      // true sizes
+    int n, m;                    // sizes of the cost: the same, or one more
+    int64_t first_a, first_b;    // of the item's rows in (B, N) or (T_a,) tensors
+    int64_t room_a, room_b;      // rows the item has there: N, M when padded, n, m when packed
+    int64_t offset_a, offset_b;  // of the item's first point, in elements
+    T reg, inverse_reg, null_cost;
+    bool same;  // a cloud with itself
+
+    OTKERN_DEVICE Item(const Problem &p, int64_t index_, bool with_null) : index(index_) {
+        const bool packed = p.cu_seqlens_a != nullptr;
+        place(packed ? p.cu_seqlens_a : nullptr, p.lengths_a, p.max_a, p.total_a, first_a, points_a, room_a);
+        place(packed ? p.cu_seqlens_b : nullptr, p.lengths_b, p.max_b, p.total_b, first_b, points_b, room_b);
+        offset_a = packed ? first_a * p.x_a.stride_row : index * p.x_a.stride_b;
+        offset_b = packed ? first_b * p.x_b.stride_row : index * p.x_b.stride_b;
+        n = points_a + (with_null ? 1 : 0);
+        m = points_b + (with_null ? 1 : 0);
+        null_cost = with_null ? relaxation(p, 0) : T(0);
+        reg = static_cast<const T *>(p.reg)[index];
+        inverse_reg = 1 / reg;
+        same = index >= p.n_pairs;
+    }
+
+    // Sizes are checked in Python where that was asked for; no value of theirs may lead outside the tensors, nor, in a
+    // packed batch, beyond the longest that the caller has named.
+    OTKERN_DEVICE void place(const int32_t *offsets, const int32_t *lengths, int64_t longest, int64_t total,
+                             int64_t &first, int &count, int64_t &room) const {
+        if (offsets) {
+            first = minimum<int64_t>(maximum<int64_t>(offsets[index], 0), total);
+            room = minimum<int64_t>(maximum<int64_t>(offsets[index + 1] - first, 0), total - first);
+            count = int(minimum(room, longest));
+            return;
+        }
+        first = index * longest;
+        count = int(lengths ? minimum<int64_t>(maximum<int64_t>(lengths[index], 0), longest) : longest);
+        room = longest;
+    }
+
+    // Column `k` of the item's relaxation.
+    OTKERN_DEVICE T relaxation(const Problem &p, int k) const {
+        return static_cast<const T *>(p.relaxation)[2 * index + k];
+    }
+    OTKERN_DEVICE static T weight(const void *weights, int64_t first, int count, int i) {
+        return weights ? static_cast<const T *>(weights)[first + i] : T(1) / T(count);
+    }
+    // Of one side, by the whole team.
+    OTKERN_DEVICE static T mass(const void *weights, int64_t first, int count, Team &team) {
+        double sum = 0;
+        if (team.rank == 0)
+            for (int i = team.thread; i < count; i += team.threads) sum += weight(weights, first, count, i);
+        return T(team.sum(sum));
+    }
+    OTKERN_DEVICE static T entry(const void *vector, int64_t first, int i) {
+        return vector ? static_cast<const T *>(vector)[first + i] : T(0);
+    }
+};
+
+// Sums of squares in this range, and their products, are safe; rows outside it are scaled by a power of two first.
+template <class T>
+struct Ordinary {
+    static constexpr T least = T(sizeof(T) == 4 ? 1e-12 : 1e-100), most = T(sizeof(T) == 4 ? 1e12 : 1e100);
+};
+
+// Points of one cloud, as they stand in their tensor. `inverse_norm` and `exponent`, of the cosine metric, are in
+// shared memory: 1 / |x|, 0 for x = 0, and the power of two by which an extreme row is divided first, which keeps every
+// bit of its direction.
+template <class T>
+struct Cloud {
+    const void *data;
+    Dtype dtype;
+    int64_t offset, stride_row, stride_col;
+    int features;
+    T *inverse_norm = nullptr, *exponent = nullptr;
+
+    OTKERN_BOTH Cloud() {}
+    OTKERN_DEVICE void point_at(const Problem &p, const Matrix &points, int64_t first) {
+        data = points.data;
+        dtype = p.dtype;
+        offset = first;
+        stride_row = points.stride_row;
+        stride_col = points.stride_col;
+        features = int(p.features);
+    }
+    OTKERN_BOTH void carve(Carver &carver, int count, bool directions) {
+        if (!directions) return;
+        carver.take(inverse_norm, count);
+        carver.take(exponent, count);
+    }
+
+    OTKERN_DEVICE T raw(int i, int k) const {
+        return load_element<T>(data, dtype, offset + i * stride_row + k * stride_col);
+    }
+    // `local` is the row's place in `exponent`.
+    OTKERN_DEVICE T coordinate(int i, int local, int k) const {
+        const T x = raw(i, k);
+        if (exponent == nullptr || exponent[local] == 0) return x;
+        return scale_by_power(x, -int(exponent[local]));
+    }
+    // The same in 16 bits, as the matrix units take it. Powers of two lose nothing but what is far below the largest.
+    OTKERN_DEVICE uint16_t bits(int i, int local, int k) const {
+        if (exponent == nullptr || exponent[local] == 0)
+            return static_cast<const uint16_t *>(data)[offset + i * stride_row + k * stride_col];
+        const float x = float(coordinate(i, local, k));
+        return dtype == Dtype::bf16 ? to_bf16(x) : float_to_half(x);
+    }
+    // The power of two by which a row was multiplied, as far as a number can hold it.
+    OTKERN_DEVICE T scale(int local) const {
+        if (exponent == nullptr || exponent[local] == 0) return 1;
+        return minimum(scale_by_power(T(1), -int(exponent[local])), T(sizeof(T) == 4 ? 3e38 : 1e308));
+    }
+
+    // Norms of rows [first, first + count), a warp each. Nothing may read them before a barrier.
+    OTKERN_DEVICE void measure(const Team &team, int first, int count) {
+        if (exponent == nullptr) return;
+        for (int i = team.warp; i < count; i += team.warps) {
+            T squares = 0, largest = 0;
+            for (int k = team.lane; k < features; k += kWarp) {
+                const T x = raw(first + i, k);
+                squares += x * x;
+                largest = maximum(largest, absolute(x));
+            }
+            squares = warp_sum(squares);
+            largest = warp_max(largest);
+            const bool scaled =
+                !(squares > Ordinary<T>::least && squares < Ordinary<T>::most) && largest > 0 && is_finite(largest);
+            const int power = scaled ? exponent_of_number(double(largest)) : 0;
+            T again = 0;
+            for (int k = team.lane; k < features; k += kWarp) {
+                const T x = scale_by_power(raw(first + i, k), -power);
+                again += x * x;
+            }
+            again = warp_sum(again);
+            if (team.lane != 0) continue;
+            exponent[i] = T(power);
+            // An error here is common to the whole row: worth a square root in double.
+            inverse_norm[i] = again > 0 && is_finite(again) ? T(1 / root_of(double(again))) : T(0);
+        }
+    }
+};
+
+// An item's part of a (B, N) or (T_a,) tensor is written by the blocks that hold it; the rest of its room is zeros.
+template <class T>
+OTKERN_DEVICE void clear(const Team &team, void *out, int64_t first, int64_t count, int64_t room) {
+    if (out == nullptr) return;
+    for (int64_t i = count + team.rank * team.threads + team.thread; i < room; i += team.size * team.threads)
+        static_cast<T *>(out)[first + i] = 0;
+}
+
+}  // namespace cuda
+}  // namespace otkern

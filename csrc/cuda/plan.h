@@ -1,0 +1,305 @@
+// Rows of the transport plan from the potentials; the plan is never held as a whole.
+//
+// A block makes a tile of an item's rows, with all columns, in its shared memory; blocks need nothing of each other. A
+// row's numbers are made in the same order whatever the tile: neither its rows nor the batch show in the bits. Sums
+// over columns are those over the rows of the exchanged problem, whose cost is formed a second time: a third more
+// arithmetic, in place of partial sums of all features that would have to cross the cluster.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cost.h"
+#include "launch.h"
+
+namespace otkern {
+namespace cuda {
+
+constexpr int kPlanThreads = 128;
+
+template <class T>
+struct PlanMemory {
+    T *b, *g, *col;  // of all columns; the weights of call.h where they are given
+    Cloud<T> x, y;   // the tile's rows, all columns
+    T *along;        // of the tile's rows
+    CostTiles<T> tiles;
+    T *rows;  // rows x pitch: the cost, then the weights of the products
+    int pitch;
+
+    OTKERN_BOTH void carve(Carver &carver, Team &team, int count, int64_t m, bool directions) {
+        pitch = int(round_up(m, 4));
+        team.carve(carver);
+        carver.take(b, m);
+        carver.take(g, m);
+        carver.take(col, m);
+        x.carve(carver, count, directions);
+        y.carve(carver, int(m), directions);
+        carver.take(along, count);
+        tiles.carve(carver, kPlanThreads);
+        carver.take(rows, int64_t(count) * pitch);
+    }
+};
+
+template <class T>
+OTKERN_BOTH int64_t plan_bytes_of(int rows, int64_t m, bool directions) {
+    PlanMemory<T> memory;
+    Team team;
+    Carver carver;
+    memory.carve(carver, team, rows, m, directions);
+    return carver.used;
+}
+
+// h(x) = 1 - exp(x) + x exp(x), the entropy of one entry; `e` is exp(x). Near 0, where a large reg leads, it is
+// x^2 / 2 and the terms cancel: there the series sum_k x^k (k - 1) / k!.
+template <class T>
+OTKERN_DEVICE T entropy_of(T x, T e) {
+    constexpr int terms = sizeof(T) == 4 ? 10 : 18;
+    if (!(x > T(-0.7) && x < T(0.7))) return 1 + e * (maximum(x, T(-1e4)) - 1);  // masked entries: 0 * -inf is 0 here
+    T series = 0, factorial = 1;
+    T coefficients[terms + 1];
+    OTKERN_UNROLL
+    for (int k = 2; k <= terms; ++k) {
+        factorial *= T(k);
+        coefficients[k] = T(k - 1) / factorial;
+    }
+    OTKERN_UNROLL
+    for (int k = terms; k >= 2; --k) series = series * x + coefficients[k];
+    return series * x * x;
+}
+
+// g + f - c with one rounding: what the two sums lose is collected (Knuth) and added. A small reg multiplies this
+// error, and nothing after it can undo that.
+template <class T>
+OTKERN_DEVICE T exponent_of(T g, T c, T f) {
+    const T s = g - c, minus_c = s - g;
+    const T lost = (g - (s - minus_c)) - (c + minus_c);
+    const T t = s + f, just_f = t - s;
+    return t + (lost + ((s - (t - just_f)) + (f - just_f)));
+}
+
+// A weight as factor exp(-joined). A point of nearly no weight may have entries E that are too large for a number, and
+// P is one: their logarithms join. All others are as they are.
+template <class T>
+struct Weight {
+    T factor, joined;
+    OTKERN_DEVICE explicit Weight(T weight) {
+        const bool light = weight > 0 && weight < (sizeof(T) == 4 ? T(1e-20) : T(1e-150));
+        factor = light ? T(1) : weight;
+        joined = light ? -log_of(weight) : T(0);
+    }
+};
+
+template <class T>
+struct Entry {
+    T plan;     // what stands at (i, j) of W
+    T sum;      // its part in the row's sum
+    T entropy;  // in the row's term for reg
+};
+
+// One row of the plan of call.h, or of its weighted sum.
+template <class T>
+class PlanRow {
+  public:
+    OTKERN_DEVICE PlanRow(const PlanArguments &arguments, const Item<T> &item, int row_)
+        : given(arguments.scale != nullptr),
+          with_entropy(arguments.terms != nullptr),
+          row(row_),
+          a(item.weight(arguments.problem.a, item.first_a, item.points_a, row_)),
+          f(item.entry(arguments.f, item.first_a, row_)),
+          inverse_reg(item.inverse_reg),
+          own(a) {
+        if (!given) return;
+        scale = static_cast<const T *>(arguments.scale)[item.index];
+        if (arguments.cost_scale) cost_scale = static_cast<const T *>(arguments.cost_scale)[item.index];
+        if (arguments.row) extra = item.entry(arguments.row, item.first_a, row);
+        const int64_t first = item.index * arguments.problem.max_a * arguments.problem.max_b;
+        if (arguments.dense) dense = static_cast<const T *>(arguments.dense) + first + row * arguments.dense_row;
+        dense_col = arguments.dense_col;
+    }
+
+    // At column j of weight b and potential g.
+    OTKERN_DEVICE Entry<T> at(int j, T b, T g, T col, T cost) const {
+        return given ? weighted(j, b, g, col, cost) : of_value(b, g, cost);
+    }
+
+    const bool given, with_entropy;
+    const int row;
+    const T a;
+
+  private:
+    // P_ij = a_i b_j E_ij with E_ij = exp((f_i + g_j - C_ij) / reg). 0 without weight, whatever the potential. The sum
+    // is of b_j E_ij.
+    OTKERN_DEVICE Entry<T> of_value(T b, T g, T cost) const {
+        if (!(b > 0 && cost < infinity<T>())) return {0, 0, b};  // h(-inf) = 1
+        const Weight<T> other(b);
+        const T x = exponent_of(g, cost, f) * inverse_reg, joined = own.joined + other.joined;
+        const T e = exp_of(x - joined), part = other.factor * e;
+        T entropy = 0;
+        if (with_entropy) entropy = b * entropy_of(x, joined > 0 ? exp_of(x) : e);
+        return {a > 0 ? own.factor * part : T(0), a > 0 && own.joined > 0 ? part / a : part, entropy};
+    }
+
+    // W_ij, E_ij (b_j H_ij + col_j), W_ij x_ij. Between two points without weight E_ij can be anything, infinite too,
+    // and must not meet a coefficient of 0.
+    OTKERN_DEVICE Entry<T> weighted(int j, T b, T g, T col, T cost) const {
+        if (!(cost < infinity<T>())) return {0, 0, 0};
+        const T x = exponent_of(g, cost, f) * inverse_reg, e = exp_of(x);
+        const T h = scale + cost_scale * cost + (dense ? dense[j * dense_col] : T(0));
+        const T by_plan = b * (a * h + extra) + a * col, by_row = b * h + col;
+        const T plan = by_plan != 0 ? e * by_plan : T(0);
+        return {plan, by_row != 0 ? e * by_row : T(0), plan != 0 ? plan * x : T(0)};
+    }
+
+    const T f, inverse_reg;
+    const Weight<T> own;
+    T scale = 1, cost_scale = 0, extra = 0;
+    const T *dense = nullptr;
+    int64_t dense_col = 0;
+};
+
+// A tile of rows, by a block.
+template <class T>
+class PlanTile {
+  public:
+    OTKERN_DEVICE PlanTile(const PlanArguments &arguments_, const Item<T> &item_, int first_)
+        : arguments(arguments_), item(item_), first(first_) {
+        const Problem &p = arguments.problem;
+        count = maximum(0, minimum(arguments.rows, item.n - first));
+        Carver carver;
+        carver.base = shared_memory();
+        at.carve(carver, team, arguments.rows, item.m, p.metric == Metric::cosine);
+        team.join();
+        at.x.point_at(p, p.x_a, item.offset_a);
+        at.y.point_at(p, p.x_b, item.offset_b);
+    }
+
+    // The cost of the tile's rows, and what its columns have.
+    OTKERN_DEVICE void read() {
+        const Problem &p = arguments.problem;
+        for (int j = team.thread; j < item.m; j += team.threads) {
+            at.b[j] = item.weight(p.b, item.first_b, item.points_b, j);
+            at.g[j] = item.entry(arguments.g, item.first_b, j);
+            at.col[j] = item.entry(arguments.col, item.first_b, j);
+        }
+        if (p.metric != Metric::cost) {
+            at.x.measure(team, first, count);
+            at.y.measure(team, 0, item.m);
+        }
+        team.sync();
+        cost_rows(team, p, item, at.tiles, at.x, at.y, first, count, at.rows, at.pitch);
+    }
+
+    // function(i, row, j, entry, cost) returns what takes the place of cost(i, j), i in the tile; finish(i, row, sum,
+    // entropy) comes once for every row, on one lane. Beyond the last column there are zeros up to the pitch.
+    template <class F, class G>
+    OTKERN_DEVICE void for_entries(F function, G finish) {
+        for (int i = team.warp; i < count; i += team.warps) {
+            const PlanRow<T> row(arguments, item, first + i);
+            T *const entries = at.rows + i * at.pitch;
+            T sum = 0, entropy = 0, along = 0;
+            for (int j = team.lane; j < at.pitch; j += kWarp) {
+                if (j >= item.m) {
+                    entries[j] = 0;
+                    continue;
+                }
+                const T cost = entries[j];
+                const Entry<T> entry = row.at(j, at.b[j], at.g[j], at.col[j], cost);
+                sum += entry.sum;
+                entropy += entry.entropy;
+                entries[j] = function(i, row, j, entry, cost, along);
+            }
+            sum = warp_sum(sum);
+            entropy = warp_sum(entropy);
+            along = warp_sum(along);
+            if (team.lane != 0) continue;
+            at.along[i] = along;
+            finish(row, sum, entropy);
+        }
+        team.sync();
+    }
+
+    const PlanArguments &arguments;
+    const Item<T> &item;
+    int first, count;  // rows
+    Team team;
+    PlanMemory<T> at;
+};
+
+// run(arguments, grid) for the launches that cover the rows of a batch.
+template <class F>
+void launch_plan(PlanArguments arguments, const Limits &limits, F run) {
+    const Problem &p = arguments.problem;
+    const bool wide = p.dtype == Dtype::f64, directions = p.metric == Metric::cosine;
+    const int64_t m = maximum<int64_t>(p.max_b, 1);
+    arguments.rows = plan_rows(limits, wide, m, directions);
+    if (arguments.rows == 0)
+        throw std::runtime_error("rows of the plan of " + std::to_string(m) + " columns do not fit");
+    arguments.tiles = ceil_div(p.max_a, arguments.rows);
+    const int64_t tiles = arguments.tiles * p.batch;
+    Grid grid;
+    grid.threads = kPlanThreads;
+    grid.shared_bytes = plan_bytes(wide, arguments.rows, m, directions);
+    for (int64_t first = 0; first < tiles; first += kMostBlocks) {
+        arguments.first_tile = first;
+        grid.blocks = minimum(kMostBlocks, tiles - first);
+        run(arguments, grid);
+    }
+}
+
+// Rows of sum_j w_ij z_j, or of sum_j w_ij (x_i - z_j), that a thread makes at once, and the features of each.
+constexpr int kSumRows = 8, kSumFeatures = 2;
+
+// write(i, k, sum) for rows i of the tile and features k of `z`.
+template <class T, bool differences, class F>
+OTKERN_DEVICE void weighted_sums(const PlanTile<T> &tile, const Cloud<T> &z, int features, F write) {
+    const Team &team = tile.team;
+    const int groups = maximum(tile.arguments.rows / kSumRows, 1), lanes = team.threads / groups;
+    const int i0 = team.thread / lanes * kSumRows, lane = team.thread % lanes, m = tile.item.m;
+    if (i0 >= tile.count) return;
+    for (int k0 = lane; k0 < features; k0 += kSumFeatures * lanes) {
+        T sums[kSumRows][kSumFeatures] = {}, x[kSumRows][kSumFeatures] = {};
+        if (differences) {
+            OTKERN_UNROLL
+            for (int r = 0; r < kSumRows; ++r) {
+                OTKERN_UNROLL
+                for (int c = 0; c < kSumFeatures; ++c) {
+                    const int k = k0 + c * lanes;
+                    if (i0 + r < tile.count && k < features) x[r][c] = tile.at.x.raw(tile.first + i0 + r, k);
+                }
+            }
+        }
+        for (int j0 = 0; j0 < m; j0 += 4) {
+            T points[4][kSumFeatures];
+            OTKERN_UNROLL
+            for (int q = 0; q < 4; ++q) {
+                OTKERN_UNROLL
+                for (int c = 0; c < kSumFeatures; ++c) {
+                    const int k = k0 + c * lanes;
+                    points[q][c] = j0 + q < m && k < features ? z.coordinate(j0 + q, j0 + q, k) : T(0);
+                }
+            }
+            OTKERN_UNROLL
+            for (int r = 0; r < kSumRows; ++r) {
+                if (i0 + r >= tile.count) continue;
+                const Four<T> weights = load_four(tile.at.rows + (i0 + r) * tile.at.pitch + j0);
+                OTKERN_UNROLL
+                for (int q = 0; q < 4; ++q) {
+                    OTKERN_UNROLL
+                    for (int c = 0; c < kSumFeatures; ++c)
+                        sums[r][c] += weights.x[q] * (differences ? x[r][c] - points[q][c] : points[q][c]);
+                }
+            }
+        }
+        OTKERN_UNROLL
+        for (int r = 0; r < kSumRows; ++r) {
+            OTKERN_UNROLL
+            for (int c = 0; c < kSumFeatures; ++c) {
+                const int k = k0 + c * lanes;
+                if (i0 + r < tile.count && k < features) write(i0 + r, k, sums[r][c]);
+            }
+        }
+    }
+}
+
+}  // namespace cuda
+}  // namespace otkern

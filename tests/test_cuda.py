@@ -1,0 +1,303 @@
+"""What only the CUDA backend has: clusters, the cost formed again, the order of threads, its refusals."""
+
+import math
+
+import pytest
+import torch
+
+import otkern
+from otkern import backends
+from otkern.backends import cuda, reference
+from otkern.problem import PlanWeights, Schedule
+
+from .test_native import make_inputs
+
+needs_executor = pytest.mark.skipif(cuda.missing("cpu") is not None, reason=str(cuda.missing("cpu")))
+
+SIZES = ((5, 17, 64, 90, 0, 3), (4, 33, 70, 81, 3, 1))
+KINDS = {"balanced": None, "unbalanced": (0.5, math.inf), "partial": (0.3, 0.0), "null": (0.4, 0.0)}
+# What makes small problems take the roads of large ones: (bytes of shared memory, blocks of a cluster).
+SMALL = {"clusters": (24 << 10, 4), "large clusters": (16 << 10, 16), "one block": (52 << 10, 1)}
+
+
+def make(kind, metric, dtype, sizes=SIZES, **options):
+    inputs = make_inputs(metric, dtype, *sizes, **options)
+    if KINDS[kind] is None:
+        return inputs
+    relaxation = torch.tensor([KINDS[kind]] * inputs.batch, dtype=inputs.reg.dtype)
+    return inputs._replace(kind=kind, relaxation=relaxation)
+
+
+ORDERS = ({"backward": True}, {"ahead": True}, {"backward": True, "ahead": True})
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Sets what the device allows."""
+    return lambda given: monkeypatch.setattr(cuda, "_limits", lambda device: given)
+
+
+@pytest.fixture
+def executor():
+    from otkern import _cuda_host
+
+    yield _cuda_host
+    _cuda_host.set_order()
+
+
+def everything(inputs, max_iter=12, schedule=None):
+    """All that the backend computes of a batch."""
+    g_init = 3 * torch.rand(inputs.shape_g, generator=torch.Generator().manual_seed(0)).to(inputs.reg.dtype)
+    value, f, g, multipliers, error, iters = cuda.forward(inputs, g_init, max_iter, -1.0, schedule)
+    found = [value, f, g, multipliers, error, iters]
+    points = inputs.cost is None
+    needs = (points, points, not points, True, True)
+    dvalue = torch.linspace(-1, 2, inputs.batch, dtype=inputs.reg.dtype)
+    found += [t for t in cuda.backward(inputs, f, g, dvalue, needs) if t is not None]
+    weights = PlanWeights(torch.full_like(inputs.reg, 0.7), dvalue, None, f, g)
+    found += [t for t in cuda.plan_backward(inputs, f, g, weights, needs) if t is not None]
+    found += [cuda.plan(inputs, f, g), cuda.apply(inputs, f, g, g.unsqueeze(-1), False, True)]
+    found += cuda.implicit(inputs, f, g, None, None, None, None, f, g, inputs.kind == "balanced", 1e-6, 30)
+    return found
+
+
+def same(found, expected) -> bool:
+    return all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(found, expected, strict=True))
+
+
+def assert_as_exact(found, expected, dtype) -> None:
+    slack = 2e-5 if dtype == torch.float32 else 1e-12
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=slack, atol=slack)
+
+
+@needs_executor
+@pytest.mark.parametrize("number", range(9))
+def test_every_class_solves_its_largest_problem(number):
+    cpu = pytest.importorskip("otkern.backends.cpu")
+    if cpu.missing() is not None:
+        pytest.skip(cpu.missing())
+    inputs = make_inputs("cosine", torch.float32, (1,), (1,), d=6)
+    side = 1
+    while cuda._bytes(inputs, number, side + 1, side + 1) <= cuda._classes(inputs)[number]["bytes"]:
+        side += 1
+    inputs = make_inputs("cosine", torch.float32, (side,), (side,), d=6, reg=0.05)._replace(
+        lengths_a=None, lengths_b=None
+    )
+    assert cuda._size_class(inputs) == number
+    found, expected = (backend.forward(inputs, None, 6, -1.0) for backend in (cuda, cpu))
+    assert_as_exact(found[:3], expected[:3], torch.float32)
+    needs, one = (True, True, False, True, True), torch.ones(1)
+    found, expected = (backend.backward(inputs, *found[1:3], one, needs) for backend in (cuda, cpu))
+    assert_as_exact(*([t for t in grads if t is not None] for grads in (found, expected)), torch.float32)
+
+
+@needs_executor
+@pytest.mark.parametrize("allowed", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("metric", "reg"), [("cosine", 0.2), ("sqeuclidean", 0.02), ("cost", 0.2)])
+def test_clusters_and_costs_formed_again_have_the_potentials_of_the_reference(limits, allowed, kind, metric, reg):
+    sizes = ((5, 17, 30, 0, 3), (4, 33, 29, 3, 1))
+    for dtype in (torch.float32, torch.float64):
+        inputs = make(kind, metric, dtype, sizes, reg=reg, d=12)
+        limits(allowed)
+        if cuda.can_run(inputs) is not None:
+            assert dtype == torch.float64
+            continue
+        expected = reference.forward(inputs.widened(), None, 12, -1.0)
+        assert_as_exact(cuda.forward(inputs, None, 12, -1.0)[:3], expected[:3], dtype)
+
+
+@needs_executor
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reg", [0.002, 0.2, 20.0])
+def test_absorbed_kernels_have_the_potentials_of_the_log_domain(limits, monkeypatch, kind, reg):
+    for allowed in ((227 << 10, 16), SMALL["clusters"]):
+        limits(allowed)
+        inputs = make(kind, "cost", torch.float32, reg=reg)
+        absorbed = cuda.forward(inputs, None, 20, -1.0)
+        monkeypatch.setattr(cuda, "LOG_DOMAIN_ONLY", True)
+        plain = cuda.forward(inputs, None, 20, -1.0)
+        monkeypatch.setattr(cuda, "LOG_DOMAIN_ONLY", False)
+        for x, y in zip(absorbed[:3], plain[:3], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=2e-6 * max(1.0, reg))
+
+
+@needs_executor
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_threads_changes_no_bit(limits, executor, kind):
+    schedule = Schedule(eps_start=torch.full((6,), 1.0), eps_factor=0.5)
+    for allowed in (SMALL["clusters"], (227 << 10, 16)):
+        limits(allowed)
+        for metric in ("cosine", "euclidean", "cost"):
+            inputs = make(kind, metric, torch.float32, d=12)._replace(entropy=kind == "partial")
+            forward = everything(inputs, schedule=schedule)
+            for order in ORDERS:
+                executor.set_order(**order)
+                assert same(everything(inputs, schedule=schedule), forward), (allowed, metric, order)
+            executor.set_order()
+
+
+def make_self(metric, dtype, sizes=(5, 17, 64, 70), rho=None, **options):
+    """Two pairs of clouds, then two clouds with themselves, all with clouds of one size."""
+    inputs = make_inputs(metric, dtype, sizes, sizes, **options)
+    x_b, b = inputs.x_b.clone(), inputs.b.clone()
+    x_b[2:], b[2:] = inputs.x_a[2:], inputs.a[2:]
+    inputs = inputs._replace(x_b=x_b, b=b, first_self=2)
+    if rho is None:
+        return inputs
+    relaxation = torch.full((len(sizes), 2), rho, dtype=inputs.reg.dtype)
+    return inputs._replace(kind="unbalanced", relaxation=relaxation)
+
+
+@needs_executor
+@pytest.mark.parametrize("rho", [None, 0.7])
+@pytest.mark.parametrize(("metric", "reg"), [("cosine", 0.2), ("euclidean", 0.02)])
+def test_clouds_with_themselves_are_those_of_the_reference_in_any_order(limits, executor, metric, reg, rho):
+    for allowed in ((227 << 10, 16), SMALL["clusters"]):
+        limits(allowed)
+        inputs = make_self(metric, torch.float32, reg=reg, rho=rho, d=12)
+        found = cuda.forward(inputs, None, 12, -1.0)
+        assert_as_exact(found[:3], reference.forward(inputs, None, 12, -1.0)[:3], torch.float32)
+        for order in ORDERS:
+            executor.set_order(**order)
+            assert same(cuda.forward(inputs, None, 12, -1.0), found)
+        executor.set_order()
+        assert torch.equal(found[1][2:], found[2][2:])
+
+
+@needs_executor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("d", [1, 16, 45])
+def test_the_matrix_units_form_the_cost_of_fp32(dtype, metric, d):
+    inputs = make("balanced", metric, dtype, d=d)
+    # Rows whose squares leave the range of fp32, and would leave it in 16 bits.
+    inputs.x_a[2, 3] *= 2.0**-14
+    found = cuda.forward(inputs, None, 12, -1.0)
+    widened = cuda.forward(inputs.widened(), None, 12, -1.0)
+    for x, y in zip(found[:3], widened[:3], strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the executor has no streams")
+
+
+def on_gpu(dtype=torch.float32):
+    """Items of every class, clusters among them."""
+    sizes = ((5, 60, 100, 160, 300, 640, 900), (9, 64, 90, 150, 310, 600, 890))
+    inputs = make_inputs("cosine", dtype, *sizes, d=64)
+    return type(inputs)(*(v.cuda() if isinstance(v, torch.Tensor) else v for v in inputs))
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device():
+    inputs = on_gpu()
+    cuda._limits(inputs.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value, f, g, *_ = cuda.forward(inputs, None, 20, 1e-3)
+        cuda.backward(inputs, f, g, torch.ones_like(value), (True, True, False, True, True))
+        cuda.apply(inputs, f, g, g.unsqueeze(-1), False, False)
+        cuda.implicit(inputs, f, g, None, None, None, None, f, g, True, 1e-4, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_call_can_be_captured_in_a_graph_and_repeats_its_bits():
+    inputs = on_gpu()
+    expected = cuda.forward(inputs, None, 20, 1e-3)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.forward(inputs, None, 20, 1e-3)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same(captured, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_class_agrees_with_the_cpu_on_the_device(dtype):
+    cpu = pytest.importorskip("otkern.backends.cpu")
+    inputs = on_gpu(dtype)
+    on_cpu = type(inputs)(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in inputs))
+    found = [t.cpu() for t in cuda.forward(inputs, None, 20, -1.0)[:3]]
+    assert_as_exact(found, cpu.forward(on_cpu, None, 20, -1.0)[:3], torch.float32)
+
+
+@needs_executor
+def test_batch_mates_of_other_classes_change_no_bit(limits):
+    limits(SMALL["clusters"])
+    inputs = make("balanced", "cosine", torch.float32, d=12)
+    together = everything(inputs)
+    for item, (n, m) in enumerate(zip(*SIZES, strict=True)):
+        if n == 0:
+            continue
+        alone = inputs._replace(
+            x_a=inputs.x_a[item : item + 1, :n], x_b=inputs.x_b[item : item + 1, :m],
+            a=inputs.a[item : item + 1, :n], b=inputs.b[item : item + 1, :m], reg=inputs.reg[item : item + 1],
+            lengths_a=None, lengths_b=None, max_a=n, max_b=m,
+        )  # fmt: skip
+        g_init = 3 * torch.rand(inputs.shape_g, generator=torch.Generator().manual_seed(0))[item : item + 1, :m]
+        value, f, g, *_ = cuda.forward(alone, g_init, 12, -1.0)
+        assert torch.equal(value, together[0][item : item + 1])
+        assert torch.equal(f, together[1][item : item + 1, :n]) and torch.equal(g, together[2][item : item + 1, :m])
+
+
+@needs_executor
+def test_rows_of_a_tile_change_no_bit(limits):
+    inputs = make("balanced", "cosine", torch.float32, d=12)
+    _, f, g, *_ = cuda.forward(inputs, None, 12, -1.0)
+    found = []
+    for allowed in ((227 << 10, 16), (14 << 10, 16)):
+        limits(allowed)
+        gradients = cuda.backward(inputs, f, g, torch.ones_like(inputs.reg), (True, True, False, True, True))
+        found.append([t for t in gradients if t is not None])
+    from otkern import _cuda_host
+
+    rows = [
+        _cuda_host.cuda_plan_rows(allowed, False, inputs.max_b, True)[0] for allowed in ((227 << 10, 1), (14 << 10, 1))
+    ]
+    assert rows == [32, 8] or rows == [32, 16]
+    assert same(*found)
+
+
+@needs_executor
+def test_what_does_not_fit_is_refused_with_the_size_that_does():
+    x = torch.zeros(1000, 2)
+    with pytest.raises(ValueError, match=r"up to 9\d\d points a side here, and 1000 x 1000 do not fit"):
+        otkern.solve_sample(x, x, reg=1.0, backend="cuda")
+
+
+@needs_executor
+def test_explain_names_cluster_and_shared_memory():
+    regime = otkern.explain(
+        torch.zeros(2, 700, 8), torch.zeros(2, 700, 8), reg=1.0, metric="cosine", backend="cuda"
+    ).regime
+    assert "a cluster of 16 blocks of 256 threads" in regime
+    assert "KiB of shared memory" in regime and "formed again" in regime
+    assert "one block" in otkern.explain(torch.zeros(30, 20), reg=1.0, backend="cuda").regime
+
+
+def test_cuda_is_not_chosen_unless_asked_for():
+    assert backends.choose(None, "cpu") != "cuda"
+    if cuda.missing("cuda") is None:
+        assert backends.choose(None, "cuda") != "cuda"
+        assert any(
+            name == "cuda" and "timed" in why for name, why in backends.refusals("cuda", "alternating", 1.0, "envelope")
+        )
+
+
+def test_cpu_tensors_are_refused_without_the_executor(monkeypatch):
+    monkeypatch.delenv("OTKERN_CUDA_EXECUTOR", raising=False)
+    cuda.missing.cache_clear()
+    backends.unavailable.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="can run here, but 'cuda' cannot: the cuda backend takes CUDA tensors"):
+            otkern.solve(torch.zeros(2, 2), reg=1.0, backend="cuda")
+    finally:
+        monkeypatch.undo()
+        cuda.missing.cache_clear()
+        backends.unavailable.cache_clear()

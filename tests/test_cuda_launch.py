@@ -1,0 +1,109 @@
+"""The launches of the CUDA backend: ordinary arithmetic on sizes, the same with and without a GPU."""
+
+import functools
+import random
+
+import pytest
+
+from otkern.backends import cuda
+
+KILO = 1024
+# Of compute capability 8.0, of 8.6 and 8.9, of 9.0 and 10.0, of 12.0.
+LIMITS = {"sm_80": (163 * KILO, 1), "sm_86": (99 * KILO, 1), "sm_90": (227 * KILO, 16), "sm_120": (99 * KILO, 8)}
+DRAWS = 2000
+
+missing = cuda.missing("cuda") and cuda.missing("cpu")
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+
+@functools.cache
+def native():
+    """Whichever module has the launch computations: they ask no device."""
+    if cuda.missing("cuda") is None:
+        from otkern import _native
+
+        return _native
+    from otkern import _cuda_host
+
+    return _cuda_host
+
+
+def draws():
+    """(limits, kernel, wide, n, m, directions): sizes of all magnitudes, square and oblong."""
+    generator = random.Random(0)
+    for _ in range(DRAWS):
+        n, m = (int(2 ** generator.uniform(0, 10.2)) for _ in range(2))
+        if generator.random() < 0.5:
+            m = max(1, min(n + generator.randint(-3, 3), 1200))
+        limits = generator.choice(list(LIMITS.values()))
+        yield (
+            limits,
+            generator.choice(("forward", "implicit")),
+            generator.random() < 0.5,
+            n,
+            m,
+            generator.random() < 0.5,
+        )
+
+
+def fits(limits, kernel, wide, n, m, directions) -> list[bool]:
+    """For each class whether the item's memory fits into it."""
+    classes = native().cuda_classes(kernel, limits)
+    return [
+        native().cuda_bytes(kernel, limits, number, wide, n, m, directions) <= found["bytes"]
+        for number, found in enumerate(classes)
+    ]
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("kernel", ["forward", "implicit"])
+def test_classes_are_launches_that_the_device_takes(kernel, limits):
+    shared, cluster = limits
+    for found in native().cuda_classes(kernel, limits):
+        assert 1 <= found["cluster"] <= cluster
+        assert found["threads"] % 32 == 0 and 32 <= found["threads"] <= 256
+        assert 0 < found["bytes"] <= shared
+
+
+def test_every_size_falls_into_exactly_one_class():
+    # A kernel serves what fits into its class and not into the one before: what fits once must fit into all later ones.
+    for draw in draws():
+        found = fits(*draw)
+        assert found == sorted(found), draw
+
+
+def test_a_larger_item_is_never_of_a_smaller_class():
+    # So the class of the longest sides is the last one that has to be launched.
+    for limits, kernel, wide, n, m, directions in draws():
+        found = fits(limits, kernel, wide, n, m, directions)
+        for smaller in ((n - 1, m), (n, m - 1), (n // 2, m // 2)):
+            if min(smaller) > 0:
+                assert all(a <= b for a, b in zip(found, fits(limits, kernel, wide, *smaller, directions), strict=True))
+
+
+def test_the_adjoint_serves_what_the_forward_does():
+    for limits, _, wide, n, m, directions in draws():
+        assert any(fits(limits, "implicit", wide, n, m, directions)) >= any(
+            fits(limits, "forward", wide, n, m, directions)
+        )
+
+
+def test_memory_of_a_launch_covers_every_item_that_it_serves():
+    # A launch has what its class allows or, if that is less, what the longest sides of the batch need.
+    for limits, kernel, wide, n, m, directions in draws():
+        for number, found in enumerate(native().cuda_classes(kernel, limits)):
+            longest = native().cuda_bytes(kernel, limits, number, wide, n + 7, m + 3, directions)
+            mine = native().cuda_bytes(kernel, limits, number, wide, n, m, directions)
+            assert mine > found["bytes"] or mine <= min(longest, found["bytes"])
+
+
+@pytest.mark.parametrize(("side", "directions"), [(880, True), (900, False)])
+def test_nine_hundred_points_a_side_fit_into_a_cluster(side, directions):
+    assert any(fits(LIMITS["sm_90"], "forward", False, side, side, directions))
+
+
+def test_rows_of_the_plan_fit_wherever_the_forward_does():
+    for limits, _, wide, n, m, directions in draws():
+        rows, used = native().cuda_plan_rows(limits, wide, m, directions)
+        assert rows in (0, 1, 2, 4, 8, 16, 32) and used <= limits[0]
+        assert rows > 0 or not any(fits(limits, "forward", wide, n, m, directions))
