@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ ${#parts[@]} -gt 0 ] || parts=(install env selftest tests memcheck racecheck speed)
-declare -A limit=([install]=80 [env]=20 [selftest]=30 [tests]=170 [memcheck]=45 [racecheck]=45 [speed]=145)
+declare -A limit=([install]=115 [env]=20 [selftest]=30 [tests]=160 [memcheck]=45 [racecheck]=45 [speed]=120)
 for part in "${parts[@]}"; do
     [ -n "${limit[$part]:-}" ] || { echo "unknown part $part; known are ${!limit[*]}" >&2; exit 2; }
 done
@@ -108,7 +108,7 @@ part_racecheck() { sanitize racecheck; }
 
 part_speed() {
     local status
-    "$python" -m benchmarks run --suite gpu --json "$results/gpu.json" --seconds 2 --limit 45 --minutes 1.6 --threads 4
+    "$python" -m benchmarks run --suite gpu --json "$results/gpu.json" --seconds 2 --limit 40 --minutes 1.3 --threads 4
     status=$?
     [ ! -f "$results/gpu.json" ] || "$python" -m benchmarks table "$results/gpu.json" >"$results/table.txt"
     return "$status"

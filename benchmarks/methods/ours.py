@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import otkern
-from benchmarks.methods import Method, ThreeSolves
+from benchmarks.methods import Absent, Method, ThreeSolves
 
 
 class Otkern(Method):
@@ -36,8 +36,20 @@ class Otkern(Method):
         return int(self.n_iters.max())
 
 
+class OtkernCuda(Otkern):
+    """The same on the CUDA backend."""
+
+    def __init__(self, case, clouds):
+        super().__init__(case, clouds)
+        self.options["backend"] = "cuda"
+        try:
+            otkern.solve_sample(clouds.x[:1], clouds.y[:1], metric=case.metric, reg=1.0, max_iter=1, backend="cuda")
+        except ValueError as error:
+            raise Absent(str(error)) from error
+
+
 class OtkernThreeSolves(ThreeSolves):
-    """The divergence by three calls of `otkern.solve_sample`, beside the one call that stacks them."""
+    """The divergence by three calls of `otkern.solve_sample`, beside the one call for all three."""
 
     debiases = True
 
