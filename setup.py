@@ -36,7 +36,7 @@ SIMD_LEVELS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 PER_LEVEL = ("forward", "backward", "apply", "implicit", "symmetric")
-CUDA_KERNELS = ("forward", "implicit", "backward", "apply")
+CUDA_KERNELS = ("forward", "symmetric", "implicit", "backward", "apply")
 # Architecture-specific code for Hopper; PTX of the newest, from which drivers make code for what comes after it.
 CUDA_TARGETS = {"80": "sm_80", "90": "sm_90a", "100": "sm_100"}
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "--threads", "3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -155,6 +155,24 @@ def cuda_forward(
     stream: int,
     device: int,
 ) -> None: ...
+def cuda_symmetric(
+    problem: Problem,
+    *,
+    eps_start: int,
+    n_steps: int,
+    eps_factor: float,
+    cost_floor: float,
+    s_a: int,
+    s_b: int,
+    f: int,
+    g: int,
+    r_a: int,
+    r_b: int,
+    exact_sizes: bool,
+    limits: tuple[int, int],
+    stream: int,
+    device: int,
+) -> None: ...
 def cuda_backward(
     problem: Problem,
     *,

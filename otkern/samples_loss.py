@@ -121,7 +121,7 @@ class SamplesLoss(nn.Module):
             return self._converged(a, x, b, y, metric, eps, rho, backend, lengths_a, lengths_b)
         inputs, batched = read_points(x, y, a, b, eps, metric, lengths_a, lengths_b, None, None, None, None)
         inputs = read_relaxation(inputs, rho, None, None, entropy=False)
-        f, g, f_self, g_self = self._loop(inputs, unit, backends.choose_symmetric(backend, inputs.device.type))
+        f, g, f_self, g_self = self._loop(inputs, unit, backends.choose(backend, inputs.device.type))
         if self.potentials:
             pair = (f - f_self, g - g_self) if self.debias else (f, g)
             return pair[0] / unit, pair[1] / unit

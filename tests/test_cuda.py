@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import otkern
-from otkern import backends
+from otkern import backends, debiasing
 from otkern.backends import cuda, reference
-from otkern.problem import PlanWeights, Schedule
+from otkern.backends.reference.items import items
+from otkern.problem import Inputs, PlanWeights, Schedule
 
-from .test_native import make_inputs
+from .test_native import double, loop, make_inputs
 
 needs_executor = pytest.mark.skipif(cuda.missing("cpu") is not None, reason=str(cuda.missing("cpu")))
 
@@ -61,6 +62,31 @@ def everything(inputs, max_iter=12, schedule=None):
     return found
 
 
+def alone_in(inputs, item, n, m):
+    """An item of n x m points without its batch."""
+    return inputs._replace(
+        x_a=inputs.x_a[item : item + 1, :n], x_b=inputs.x_b[item : item + 1, :m],
+        a=inputs.a[item : item + 1, :n], b=inputs.b[item : item + 1, :m], reg=inputs.reg[item : item + 1],
+        lengths_a=None, lengths_b=None, max_a=n, max_b=m,
+    )  # fmt: skip
+
+
+def shares(inputs, s_a, s_b, f, g):
+    """r_a, r_b of equation (24) in float64, from soft minima and potentials as they are, costs at least 1e-4."""
+    inputs = Inputs(*map(double, inputs))
+    r_a, r_b = torch.zeros_like(s_a, dtype=torch.float64), torch.zeros_like(s_b, dtype=torch.float64)
+    for item in items(inputs):
+        cost = item.cost.clamp(min=1e-4)
+        s_f, s_g, h_f, h_g = (
+            v[where].double() for v, where in zip((s_a, s_b, f, g), (item.rows, item.columns) * 2, strict=True)
+        )
+        real_a, real_b = item.a > 0, item.b > 0  # between two points without weight the exponential may be infinite
+        of_a, of_b = (((u.unsqueeze(1) + v - cost) / item.reg).exp() for u, v in ((s_f, h_g), (h_f, s_g)))
+        r_a[item.rows] = of_a[:, real_b] @ item.b[real_b]
+        r_b[item.columns] = item.a[real_a] @ of_b[real_a]
+    return r_a, r_b
+
+
 def same(found, expected) -> bool:
     return all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(found, expected, strict=True))
 
@@ -90,6 +116,26 @@ def test_every_class_solves_its_largest_problem(number):
     needs, one = (True, True, False, True, True), torch.ones(1)
     found, expected = (backend.backward(inputs, *found[1:3], one, needs) for backend in (cuda, cpu))
     assert_as_exact(*([t for t in grads if t is not None] for grads in (found, expected)), torch.float32)
+
+
+@needs_executor
+@pytest.mark.parametrize("number", range(8))
+def test_every_class_runs_the_loop_of_geomloss_on_its_largest_problem(number):
+    cpu = pytest.importorskip("otkern.backends.cpu")
+    if cpu.missing() is not None:
+        pytest.skip(cpu.missing())
+    from otkern import _cuda_host
+
+    allowed = cuda._limits(torch.device("cpu"))
+    most = _cuda_host.cuda_classes("symmetric", allowed)[number]["bytes"]
+    side = 1
+    while _cuda_host.cuda_bytes("symmetric", allowed, number, False, side + 1, side + 1, True) <= most:
+        side += 1
+    inputs = make_inputs("cosine", torch.float32, (side,), (side,), d=6, reg=0.05)
+    # What serves the forward's largest problem serves the loop's.
+    assert number < 7 or side >= cuda._largest_square(inputs)
+    inputs = inputs._replace(lengths_a=None, lengths_b=None)
+    assert_as_exact(loop(cuda, inputs), loop(cpu, inputs), torch.float32)
 
 
 @needs_executor
@@ -167,6 +213,59 @@ def test_clouds_with_themselves_are_those_of_the_reference_in_any_order(limits, 
 
 
 @needs_executor
+@pytest.mark.parametrize("rho", [None, (0.3, math.inf)])
+@pytest.mark.parametrize(("metric", "eps_start"), [("cosine", 4.0), ("euclidean", 1e-3), ("cost", 4.0)])
+@pytest.mark.parametrize("allowed", [(227 << 10, 16), SMALL["clusters"]])
+def test_the_loop_of_geomloss_is_that_of_the_reference_in_any_order(limits, executor, allowed, metric, eps_start, rho):
+    limits(allowed)
+    for dtype in (torch.float32, torch.float64):
+        # In fp64 no item larger than the small device's clusters hold.
+        sizes = SIZES if dtype == torch.float32 else ((5, 17, 30, 0, 3), (4, 33, 29, 3, 1))
+        inputs = make_inputs(metric, dtype, *sizes, d=12, reg=1e-2)
+        if rho is not None:
+            relaxation = torch.tensor(rho, dtype=inputs.reg.dtype).expand(inputs.batch, 2).contiguous()
+            inputs = inputs._replace(kind="unbalanced", relaxation=relaxation)
+        for problem in [inputs] if metric == "cost" else [inputs, debiasing.stacked(inputs)]:
+            found = loop(cuda, problem, eps_start)
+            exact = loop(reference, Inputs(*map(double, problem)), eps_start)
+            assert_as_exact([t.double() for t in found], exact, dtype)
+            for order in ORDERS:
+                executor.set_order(**order)
+                assert same(loop(cuda, problem, eps_start), found), (dtype, order)
+            executor.set_order()
+            if problem.first_self >= 0:
+                for of_a, of_b in zip(found[::2], found[1::2], strict=True):
+                    assert torch.equal(of_a[problem.n_pairs :], of_b[problem.n_pairs :])
+
+
+@needs_executor
+@pytest.mark.parametrize("allowed", [(227 << 10, 16), SMALL["clusters"]])
+def test_the_shares_of_the_loop_are_those_of_the_soft_minima_as_rounded(limits, allowed):
+    limits(allowed)
+    inputs = make_inputs("cost", torch.float32, *SIZES, reg=1e-5)
+    s_a, s_b, f, g, *ratios = loop(cuda, inputs)
+    for got, want in zip(ratios, shares(inputs, s_a, s_b, f, g), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+        # Rounding has moved them from 1 by much more than that.
+        assert (want[2, :64] - 1).abs().max() > 5e-5
+
+
+@needs_executor
+def test_batch_mates_change_no_bit_of_the_loop_of_geomloss(limits):
+    limits(SMALL["clusters"])
+    inputs = make("balanced", "euclidean", torch.float32, d=12)
+    together = loop(cuda, inputs)
+    for item, (n, m) in enumerate(zip(*SIZES, strict=True)):
+        if n == 0:
+            assert not any(out[item].any() for out in together)
+            continue
+        alone = alone_in(inputs, item, n, m)
+        found = cuda.symmetric(alone, torch.full((1,), 4.0), torch.tensor([item % 4], dtype=torch.int32), 0.25, 1e-4)
+        for got, out, size in zip(found, together, (n, m) * 3, strict=True):
+            assert torch.equal(got[0], out[item, :size]) and not out[item, size:].any()
+
+
+@needs_executor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("d", [1, 16, 45])
@@ -200,6 +299,7 @@ def test_nothing_waits_for_the_device():
         cuda.backward(inputs, f, g, torch.ones_like(value), (True, True, False, True, True))
         cuda.apply(inputs, f, g, g.unsqueeze(-1), False, False)
         cuda.implicit(inputs, f, g, None, None, None, None, f, g, True, 1e-4, 10)
+        cuda.symmetric(inputs, torch.ones_like(value), torch.ones_like(value, dtype=torch.int32), 0.5, 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -235,11 +335,7 @@ def test_batch_mates_of_other_classes_change_no_bit(limits):
     for item, (n, m) in enumerate(zip(*SIZES, strict=True)):
         if n == 0:
             continue
-        alone = inputs._replace(
-            x_a=inputs.x_a[item : item + 1, :n], x_b=inputs.x_b[item : item + 1, :m],
-            a=inputs.a[item : item + 1, :n], b=inputs.b[item : item + 1, :m], reg=inputs.reg[item : item + 1],
-            lengths_a=None, lengths_b=None, max_a=n, max_b=m,
-        )  # fmt: skip
+        alone = alone_in(inputs, item, n, m)
         g_init = 3 * torch.rand(inputs.shape_g, generator=torch.Generator().manual_seed(0))[item : item + 1, :m]
         value, f, g, *_ = cuda.forward(alone, g_init, 12, -1.0)
         assert torch.equal(value, together[0][item : item + 1])

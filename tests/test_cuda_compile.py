@@ -22,6 +22,7 @@ needs_cuda_half = pytest.mark.skipif(missing is not None, reason=str(missing))
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 KERNELS = (
     "sinkhorn_forward_kernel",
+    "symmetric_kernel",
     "implicit_kernel",
     "plan_backward_kernel",
     "plan_apply_kernel",

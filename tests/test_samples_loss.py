@@ -7,21 +7,12 @@ import torch
 from torch import nn
 
 import otkern
-from otkern import backends, ops
+from otkern import ops
 from otkern.arguments import read_points
 from tests.problems import make_problem, relative_error
 
 geomloss = pytest.importorskip("geomloss", reason="geomloss is not installed")
 SEEN_IN_GEOMLOSS = "0.3.1"
-
-
-@pytest.fixture
-def loop_backend(backend, device) -> str:
-    """Each backend that has GeomLoss's loop."""
-    try:
-        return backends.choose_symmetric(backend, device)
-    except ValueError as error:
-        pytest.skip(f"backend {backend}: {error}")
 
 
 def positive(problem):
@@ -71,10 +62,10 @@ def assert_equal_losses(mine, theirs, tensors, dtype=torch.float64, device="cpu"
     [{}, {"blur": 0.3, "scaling": 0.8}, {"blur": 5.0}, {"diameter": 1.6}, {"diameter": 0.01, "blur": 0.2}],
     ids=str,
 )
-def test_values_and_gradients_are_those_of_geomloss(loop_backend, device, p, debias, options, dtype):
+def test_values_and_gradients_are_those_of_geomloss(backend, device, p, debias, options, dtype):
     tensors = batch_of((9, 7), None)
     theirs = geomloss.SamplesLoss("sinkhorn", p=p, debias=debias, backend="tensorized", **options)
-    mine = otkern.SamplesLoss("sinkhorn", p=p, debias=debias, backend=loop_backend, **options)
+    mine = otkern.SamplesLoss("sinkhorn", p=p, debias=debias, backend=backend, **options)
     assert_equal_losses(mine, theirs, tensors, dtype, device)
 
 
@@ -82,21 +73,21 @@ def test_values_and_gradients_are_those_of_geomloss(loop_backend, device, p, deb
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("diameter", [2.0, "batch"])
 @pytest.mark.parametrize("shape", [(9, 7), (7, 7)])
-def test_batches_are_those_of_geomloss(loop_backend, device, interpreted, p, debias, diameter, shape):
+def test_batches_are_those_of_geomloss(backend, device, interpreted, p, debias, diameter, shape):
     tensors = batch_of(shape, 2 if interpreted else 3)
     theirs = geomloss.SamplesLoss(
         "sinkhorn", p=p, debias=debias, diameter=None if diameter == "batch" else diameter, backend="tensorized"
     )
-    mine = otkern.SamplesLoss("sinkhorn", p=p, debias=debias, diameter=diameter, backend=loop_backend)
+    mine = otkern.SamplesLoss("sinkhorn", p=p, debias=debias, diameter=diameter, backend=backend)
     assert_equal_losses(mine, theirs, tensors, device=device)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("reach", [None, 0.5])
-def test_potentials_are_those_of_geomloss(loop_backend, device, p, debias, reach):
+def test_potentials_are_those_of_geomloss(backend, device, p, debias, reach):
     options = {"p": p, "debias": debias, "reach": reach, "potentials": True}
-    mine = otkern.SamplesLoss("sinkhorn", backend=loop_backend, **options)
+    mine = otkern.SamplesLoss("sinkhorn", backend=backend, **options)
     theirs = geomloss.SamplesLoss("sinkhorn", backend="tensorized", **options)
     for count in (None, 2):
         tensors = batch_of((9, 7), count)
@@ -116,23 +107,23 @@ def test_potentials_are_those_of_geomloss(loop_backend, device, p, debias, reach
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("debias", [True, False])
-def test_zero_weights_as_padding_are_those_of_geomloss(loop_backend, device, p, debias):
+def test_zero_weights_as_padding_are_those_of_geomloss(backend, device, p, debias):
     tensors = batch_of((9, 7), 2)
     tensors[0][1, 5:] = 0
     tensors[2][0, 4:] = 0
     tensors[0], tensors[2] = (w / w.sum(1, keepdim=True) for w in tensors[::2])
     theirs = geomloss.SamplesLoss("sinkhorn", p=p, debias=debias, diameter=3.0, backend="tensorized")
-    mine = otkern.SamplesLoss("sinkhorn", p=p, debias=debias, diameter=3.0, backend=loop_backend)
+    mine = otkern.SamplesLoss("sinkhorn", p=p, debias=debias, diameter=3.0, backend=backend)
     assert_equal_losses(mine, theirs, tensors, device=device)
 
 
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("debias", [True, False])
-def test_with_a_reach_values_are_those_of_geomloss_and_gradients_the_right_ones(loop_backend, device, p, debias):
+def test_with_a_reach_values_are_those_of_geomloss_and_gradients_the_right_ones(backend, device, p, debias):
     a, x, b, y = batch_of((9, 7), None)
     a = 1.3 * a
     options = {"p": p, "debias": debias, "blur": 0.3, "reach": 0.6, "scaling": 0.9}
-    mine = otkern.SamplesLoss("sinkhorn", backend=loop_backend, **options)
+    mine = otkern.SamplesLoss("sinkhorn", backend=backend, **options)
     theirs = geomloss.SamplesLoss("sinkhorn", backend="tensorized", **options)
     value, grads = value_and_gradients(mine, [t.to(device) for t in (a, x, b, y)])
     expected, wanted = value_and_gradients(theirs, (a, x, b, y))
@@ -157,9 +148,9 @@ def test_with_a_reach_many_steps_lead_to_the_exact_gradients(p, debias):
 
 
 @pytest.mark.parametrize("diameter", [None, 2.0])
-def test_an_item_does_not_depend_on_its_batch_or_its_padding(loop_backend, device, diameter):
+def test_an_item_does_not_depend_on_its_batch_or_its_padding(backend, device, diameter):
     tensors = [t.to(device) for t in batch_of((9, 7), 2)]
-    loss = otkern.SamplesLoss(diameter=diameter, backend=loop_backend)
+    loss = otkern.SamplesLoss(diameter=diameter, backend=backend)
     alone = [loss(*(t[i] for t in tensors)) for i in range(2)]
     assert loss(*tensors).equal(torch.stack(alone))
     padded = [torch.full((2, 12, *t.shape[2:]), math.nan, dtype=t.dtype, device=device) for t in tensors]
@@ -168,20 +159,20 @@ def test_an_item_does_not_depend_on_its_batch_or_its_padding(loop_backend, devic
     assert loss(*padded, lengths_a=[9, 9], lengths_b=[7, 7]).equal(torch.stack(alone))
 
 
-def test_identical_points_are_ordinary_input(loop_backend, device):
+def test_identical_points_are_ordinary_input(backend, device):
     # GeomLoss takes the logarithm of their diameter, 0.
     x = torch.ones(3, 2, device=device, requires_grad=True)
     for p in (1, 2):
-        value = otkern.SamplesLoss(p=p, backend=loop_backend)(x, x.detach().clone())
+        value = otkern.SamplesLoss(p=p, backend=backend)(x, x.detach().clone())
         assert value.item() == pytest.approx(0, abs=1e-7)
         (grad,) = torch.autograd.grad(value, x)
         assert not grad.any()
-        assert otkern.SamplesLoss(p=p, backend=loop_backend)(x, x.detach() + 1).item() > 0.5
+        assert otkern.SamplesLoss(p=p, backend=backend)(x, x.detach() + 1).item() > 0.5
 
 
-def test_the_call_forms_are_those_of_geomloss(loop_backend, device):
+def test_the_call_forms_are_those_of_geomloss(backend, device):
     a, x, b, y = (t.to(device) for t in batch_of((9, 7), 2))
-    loss = otkern.SamplesLoss(backend=loop_backend)
+    loss = otkern.SamplesLoss(backend=backend)
     value = loss(a, x, b, y)
     assert loss(a.unsqueeze(2), x, b.unsqueeze(2), y).equal(value)
     assert loss(None, a, x, None, b, y).equal(value)
@@ -263,9 +254,9 @@ def test_modules_switch_by_changing_the_import(module, shapes, dtype):
     assert_equal_losses(module(otkern.SamplesLoss), module(geomloss.SamplesLoss), clouds, dtype)
 
 
-def test_autocast_does_not_touch_the_arithmetic(loop_backend, device):
+def test_autocast_does_not_touch_the_arithmetic(backend, device):
     tensors = [t.float().to(device).requires_grad_() for t in batch_of((9, 7), 2)]
-    loss = otkern.SamplesLoss(backend=loop_backend)
+    loss = otkern.SamplesLoss(backend=backend)
     expected, wanted = value_and_gradients(loss, tensors)
     with torch.autocast(device, dtype=torch.bfloat16):
         value, grads = value_and_gradients(loss, tensors)
@@ -343,35 +334,25 @@ def test_what_is_not_served_is_refused_with_the_reason():
         otkern.SamplesLoss()(torch.ones(4), x, torch.ones(4) / 4, x)
 
 
-def test_a_backend_without_the_loop_is_refused_when_named_and_passed_over_when_not(backend, device):
-    if hasattr(backends.load(backend), "symmetric"):
-        assert backends.choose_symmetric(backend, device) == backend
-        return
-    x = torch.rand(4, 2, device=device)
-    with pytest.raises(ValueError, match=f"^backend must be one that can run here, but '{backend}' cannot"):
-        otkern.SamplesLoss(backend=backend)(x, x)
-    assert otkern.SamplesLoss()(x, x).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_a_second_derivative_is_refused(loop_backend, device):
+def test_a_second_derivative_is_refused(backend, device):
     x = torch.rand(4, 2, device=device, requires_grad=True)
-    value = otkern.SamplesLoss(backend=loop_backend)(x, torch.rand(5, 2, device=device))
+    value = otkern.SamplesLoss(backend=backend)(x, torch.rand(5, 2, device=device))
     with pytest.raises(NotImplementedError, match="GeomLoss's loop is not differentiable again"):
         torch.autograd.grad(value, x, create_graph=True)
 
 
 @pytest.mark.parametrize("kind", ["balanced", "unbalanced"])
-def test_the_op_keeps_its_contract_with_torch(loop_backend, device, kind):
+def test_the_op_keeps_its_contract_with_torch(backend, device, kind):
     x, y = (torch.rand(3, n, 2, device=device, dtype=torch.float64, requires_grad=True) for n in (4, 5))
     inputs, _ = read_points(x, y, None, None, 0.5, "sqeuclidean", None, None, None, None, None, None)
     if kind == "unbalanced":
         inputs = inputs._replace(kind=kind, relaxation=torch.full((3, 2), 0.7, dtype=x.dtype, device=device))
     start, steps = torch.full_like(inputs.reg, 2), torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
-    torch.library.opcheck(torch.ops.otkern.symmetric, (*inputs, start, steps, 0.5, 0.0, False, loop_backend))
+    torch.library.opcheck(torch.ops.otkern.symmetric, (*inputs, start, steps, 0.5, 0.0, False, backend))
 
     def soft_minima(x, y):
         problem = inputs._replace(x_a=x, x_b=y)
-        return ops.symmetric(problem, start, steps, 0.5, 0.0, False, loop_backend)
+        return ops.symmetric(problem, start, steps, 0.5, 0.0, False, backend)
 
     s_a, s_b, f, g, r_a, r_b = soft_minima(x, y)
     cost = (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(3)

@@ -59,6 +59,24 @@ inline void run_forward(const Problem &problem, Address g_init, Address eps_star
     forward(call, exact_sizes, log_domain_only, limits_of(limits), stream_of(stream, device));
 }
 
+inline void run_symmetric(const Problem &problem, Address eps_start, Address n_steps, double eps_factor,
+                          double cost_floor, Address s_a, Address s_b, Address f, Address g, Address r_a, Address r_b,
+                          bool exact_sizes, const GivenLimits &limits, Address stream, int device) {
+    SymmetricCall call;
+    call.problem = problem;
+    call.eps_start = pointer<const void>(eps_start);
+    call.n_steps = pointer<const int32_t>(n_steps);
+    call.eps_factor = eps_factor;
+    call.cost_floor = cost_floor;
+    call.s_a = pointer(s_a);
+    call.s_b = pointer(s_b);
+    call.f = pointer(f);
+    call.g = pointer(g);
+    call.r_a = pointer(r_a);
+    call.r_b = pointer(r_b);
+    symmetric(call, exact_sizes, limits_of(limits), stream_of(stream, device));
+}
+
 inline void run_plan_sums(BackwardCall &call, const Problem &problem, Address f, Address g, Address dx_a, Address dx_b,
                           Address dcost, Address sum_a, Address sum_b, Address sum_reg, Address terms_reg,
                           const GivenLimits &limits, Address stream, int device) {
@@ -140,6 +158,13 @@ inline std::vector<SizeClass> classes_of(const std::string &kernel, const GivenL
     return (kernel == "forward" ? forward_classes : implicit_classes)(limits_of(limits));
 }
 
+inline int64_t bytes_of(const std::string &kernel, const GivenLimits &limits, int number, bool wide, int64_t n,
+                        int64_t m, bool directions) {
+    const SizeClass size = classes_of(kernel, limits).at(number);
+    if (kernel == "forward") return forward_bytes(wide, size, n, m, directions);
+    return (kernel == "symmetric" ? symmetric_bytes : implicit_bytes)(wide, size, n, m, directions);
+}
+
 inline py::dict describe(const SizeClass &size) {
     py::dict found;
     found["cluster"] = size.cluster;
@@ -154,6 +179,10 @@ inline void bind(py::module_ &module) {
                py::arg("eps_factor"), py::arg("max_iter"), py::arg("tol"), py::arg("value"), py::arg("f"), py::arg("g"),
                py::arg("multipliers"), py::arg("marginal_error"), py::arg("n_iters"), py::arg("exact_sizes"),
                py::arg("log_domain_only"), py::arg("limits"), py::arg("stream"), py::arg("device"));
+    module.def("cuda_symmetric", &run_symmetric, py::arg("problem"), py::kw_only(), py::arg("eps_start"),
+               py::arg("n_steps"), py::arg("eps_factor"), py::arg("cost_floor"), py::arg("s_a"), py::arg("s_b"),
+               py::arg("f"), py::arg("g"), py::arg("r_a"), py::arg("r_b"), py::arg("exact_sizes"), py::arg("limits"),
+               py::arg("stream"), py::arg("device"));
     module.def("cuda_backward", &run_backward, py::arg("problem"), py::kw_only(), py::arg("f"), py::arg("g"),
                py::arg("dvalue"), py::arg("dx_a"), py::arg("dx_b"), py::arg("dcost"), py::arg("ratio_a"),
                py::arg("ratio_b"), py::arg("entropy"), py::arg("terms_reg"), py::arg("limits"), py::arg("stream"),
@@ -185,16 +214,11 @@ inline void bind(py::module_ &module) {
             for (const SizeClass &size : classes_of(kernel, limits)) classes.push_back(describe(size));
             return classes;
         },
-        py::arg("kernel"), py::arg("limits"), "The size classes of 'forward' or 'implicit', smallest first.");
-    module.def(
-        "cuda_bytes",
-        [](const std::string &kernel, const GivenLimits &limits, int number, bool wide, int64_t n, int64_t m,
-           bool directions) {
-            const SizeClass size = classes_of(kernel, limits).at(number);
-            return (kernel == "forward" ? forward_bytes : implicit_bytes)(wide, size, n, m, directions);
-        },
-        py::arg("kernel"), py::arg("limits"), py::arg("number"), py::arg("wide"), py::arg("n"), py::arg("m"),
-        py::arg("directions"), "Shared memory that an item of n x m takes in a class, null points counted.");
+        py::arg("kernel"), py::arg("limits"),
+        "The size classes of 'forward', 'symmetric' or 'implicit', smallest first.");
+    module.def("cuda_bytes", &bytes_of, py::arg("kernel"), py::arg("limits"), py::arg("number"), py::arg("wide"),
+               py::arg("n"), py::arg("m"), py::arg("directions"),
+               "Shared memory that an item of n x m takes in a class, null points counted.");
     module.def(
         "cuda_limits",
         [](int device) {

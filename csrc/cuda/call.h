@@ -39,6 +39,12 @@ struct ForwardArguments {
     bool log_domain_only = false;  // never on an absorbed kernel: what that is checked against
 };
 
+struct SymmetricArguments {
+    SymmetricCall call;
+    SizeClass size, smaller;  // as above
+    int64_t first_item = 0;
+};
+
 struct ImplicitArguments {
     ImplicitCall call;
     SizeClass size, smaller;  // as above

@@ -17,9 +17,11 @@ namespace cuda {
 std::vector<SizeClass> forward_classes(const Limits &limits);
 // The shared memory that an item takes in a class, with its null points counted in `n` and `m`.
 int64_t forward_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions);
-// The same for the adjoint of the fixed point, which holds one matrix: it serves whatever the forward does.
+// The same for the adjoint of the fixed point and for the annealed loop, which hold one matrix: they serve whatever the
+// forward does.
 std::vector<SizeClass> implicit_classes(const Limits &limits);
 int64_t implicit_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions);
+int64_t symmetric_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions);
 // Rows of the plan that a block makes at once, 0 where not even the fewest fit. Their number shows in no bit.
 int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions);
 int64_t plan_bytes(bool wide, int rows, int64_t m, bool directions);
@@ -36,6 +38,7 @@ constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 // Launches; nothing waits for the device. They throw std::runtime_error with the kernel's name and its grid.
 void forward(const ForwardCall &call, bool exact_sizes, bool log_domain_only, const Limits &limits,
              const Stream &stream);
+void symmetric(const SymmetricCall &call, bool exact_sizes, const Limits &limits, const Stream &stream);
 
 // `terms_reg` (like f) is memory for the terms of sum_reg.
 void backward(const BackwardCall &call, void *terms_reg, const Limits &limits, const Stream &stream);

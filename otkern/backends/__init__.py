@@ -1,4 +1,4 @@
-"""The implementations behind the op, one module each: can_run, forward, backward, plan_backward, implicit, apply, plan.
+"""The implementations behind the op, one module each: can_run, and a function for each op.
 
 ``choose`` picks one before the op is called, from nothing but names, so that traced code never looks at the machine.
 """
@@ -74,23 +74,6 @@ def choose(
     return next(name for name in BACKENDS if name not in UNMEASURED and unavailable(name, device_type) is None)
 
 
-def choose_symmetric(name: str | None, device_type: str) -> str:
-    """The backend for the op `symmetric`: as `choose`, among those that have a function of that name.
-
-    Raises:
-        ValueError: the named backend cannot run here, or has none.
-    """
-    chosen = choose(name, device_type)
-    if hasattr(load(chosen), "symmetric"):
-        return chosen
-    if name is not None:
-        raise ValueError(
-            f"backend must be one that can run here, but {name!r} cannot: it has no loop of GeomLoss's; leave backend "
-            "to 'auto', or give a tol"
-        )
-    return "reference"
-
-
 def launches(name: str) -> bool:
     """Whether a call of this backend costs a launch, so that one call is better than several."""
     return name in ("cuda", "triton")
@@ -124,7 +107,6 @@ def _only_reference(update: str, overrelaxation: float, grad: str) -> str | None
 # A compiled graph takes the answer as a constant. This is the mark that torch.compiler.assume_constant_result sets;
 # the decorator itself would import the compiler, which costs more than all of this package.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-choose_symmetric._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_unavailable(device_type: str) -> str | None:

@@ -198,6 +198,42 @@ def forward(
     return value, f, g, multipliers, marginal_error, n_iters
 
 
+def symmetric(
+    inputs: Inputs,
+    eps_start: Tensor,
+    n_steps: Tensor,
+    eps_factor: float,
+    cost_floor: float,
+    check: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(s_a, s_b, f, g, r_a, r_b) of GeomLoss's loop: the potentials f and g after the ladder, their soft minima at
+    ``reg``, and the sums of shares that belong to those, which are 1 but for rounding.
+    """
+    if check:
+        check_points(inputs)
+    problem, alive = _problem(inputs)
+    eps_start, n_steps = eps_start.to(alive.reg.dtype).contiguous(), n_steps.to(torch.int32).contiguous()
+    s_a, f, r_a = (_new(inputs, inputs.shape_f) for _ in range(3))
+    s_b, g, r_b = (_new(inputs, inputs.shape_g) for _ in range(3))
+    _module(inputs.device).cuda_symmetric(
+        problem,
+        eps_start=eps_start.data_ptr(),
+        n_steps=n_steps.data_ptr(),
+        eps_factor=eps_factor,
+        cost_floor=cost_floor,
+        s_a=s_a.data_ptr(),
+        s_b=s_b.data_ptr(),
+        f=f.data_ptr(),
+        g=g.data_ptr(),
+        r_a=r_a.data_ptr(),
+        r_b=r_b.data_ptr(),
+        exact_sizes=_exact(inputs),
+        limits=_limits(inputs.device),
+        **_where(inputs),
+    )
+    return s_a, s_b, f, g, r_a, r_b
+
+
 def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
     """(dx_a, dx_b, dcost) at fixed potentials, times dvalue, and (ratio_a, ratio_b, entropy), not times dvalue.
 
