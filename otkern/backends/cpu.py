@@ -10,10 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
-from otkern.problem import KINDS, Inputs, PlanWeights, Schedule, non_finite_points
+from otkern.backends.native import DTYPES, address_of, contiguous, native_problem
+from otkern.problem import Inputs, PlanWeights, Schedule, non_finite_points
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_METRICS = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2, "dot": 3, "cost": 4}
 _ARGUMENTS = ("X_a", "X_b", "M")
 
 Needs = tuple[bool, bool, bool, bool, bool]
@@ -38,7 +37,7 @@ def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
     """None if this backend serves the call, else one sentence that says why not."""
     if inputs.device.type != "cpu":
         return f"the cpu backend takes CPU tensors, not {inputs.device.type} tensors"
-    if inputs.primary.dtype not in _DTYPES:
+    if inputs.primary.dtype not in DTYPES:
         return f"the cpu backend takes float64, float32, bfloat16 and float16, not {inputs.primary.dtype}"
     if schedule is not None and (schedule.update != "alternating" or schedule.overrelaxation != 1):
         return "the cpu backend iterates with update='alternating' and overrelaxation=1 only"
@@ -80,18 +79,18 @@ def forward(
     """
     from otkern import _native
 
-    problem, alive = _problem(inputs)
-    g_init = _contiguous(g_init)
+    problem, alive = native_problem(inputs)
+    g_init = contiguous(g_init)
     schedule = schedule or Schedule()
-    eps_start = _contiguous(schedule.eps_start)
+    eps_start = contiguous(schedule.eps_start)
     value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
     f, g = _empty(inputs, True, inputs.shape_f), _empty(inputs, False, inputs.shape_g)
     multipliers = alive.reg.new_empty((inputs.batch, 2))
     n_iters = torch.empty(inputs.batch, dtype=torch.int32)
     bad = _native.cpu_forward(
         problem,
-        g_init=_address(g_init),
-        eps_start=_address(eps_start),
+        g_init=address_of(g_init),
+        eps_start=address_of(eps_start),
         eps_factor=schedule.eps_factor,
         max_iter=max_iter,
         tol=tol,
@@ -132,7 +131,7 @@ def symmetric(
     """
     from otkern import _native
 
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     eps_start, n_steps = eps_start.to(alive.reg.dtype).contiguous(), n_steps.to(torch.int32).contiguous()
     s_a, f, r_a = (_empty(inputs, True, inputs.shape_f) for _ in range(3))
     s_b, g, r_b = (_empty(inputs, False, inputs.shape_g) for _ in range(3))
@@ -163,7 +162,7 @@ def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs)
     """
     from otkern import _native
 
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     f, g, dvalue = f.contiguous(), g.contiguous(), dvalue.contiguous()
     grads = _gradients(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "ratio_a", "ratio_b", "entropy")
@@ -172,7 +171,7 @@ def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs)
         f=f.data_ptr(),
         g=g.data_ptr(),
         dvalue=dvalue.data_ptr(),
-        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
+        **{name: address_of(grad) for name, grad in zip(names, grads, strict=True)},
         threads=torch.get_num_threads(),
     )
     del alive
@@ -185,16 +184,16 @@ def plan_backward(
     """(dx_a, dx_b, dcost, sum_a, sum_b, sum_reg): sums over the plan with given weights; None where not needed."""
     from otkern import _native
 
-    problem, alive = _problem(inputs)
-    f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(_contiguous, weights))
+    problem, alive = native_problem(inputs)
+    f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(contiguous, weights))
     grads = _gradients(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "sum_a", "sum_b", "sum_reg")
     _native.cpu_plan_backward(
         problem,
         f=f.data_ptr(),
         g=g.data_ptr(),
-        **{name: _address(weight) for name, weight in weights._asdict().items()},
-        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
+        **{name: address_of(weight) for name, weight in weights._asdict().items()},
+        **{name: address_of(grad) for name, grad in zip(names, grads, strict=True)},
         threads=torch.get_num_threads(),
     )
     del alive
@@ -232,15 +231,15 @@ def implicit(
     """The adjoint of the fixed point: p, q, the relative residuals and the iterations of conjugate gradients."""
     from otkern import _native
 
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     vectors = {"f": f, "g": g, "slope_a": slope_a, "slope_b": slope_b}
     vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
-    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
+    vectors = {name: contiguous(vector) for name, vector in vectors.items()}
     p, q = _empty(inputs, True, inputs.shape_f), _empty(inputs, False, inputs.shape_g)
     residual, n_iters = torch.empty_like(alive.reg), torch.empty(inputs.batch, dtype=torch.int32)
     _native.cpu_implicit(
         problem,
-        **{name: _address(vector) for name, vector in vectors.items()},
+        **{name: address_of(vector) for name, vector in vectors.items()},
         singular=singular,
         tol=tol,
         max_iter=max_iter,
@@ -258,7 +257,7 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
     """P @ v, or P^T @ v; with ``times_cost`` the elementwise product of P and C in place of P."""
     from otkern import _native
 
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
     shape = (*(inputs.shape_g if transpose else inputs.shape_f), v.shape[-1])
     out = _empty(inputs, not transpose, shape)
@@ -281,68 +280,12 @@ def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
     """The dense plans (B, max_a, max_b), 0 in the padding."""
     from otkern import _native
 
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     f, g = f.contiguous(), g.contiguous()
     out = torch.empty((inputs.batch, inputs.max_a, inputs.max_b), dtype=inputs.compute_dtype)
     _native.cpu_plan(problem, f=f.data_ptr(), g=g.data_ptr(), out=out.data_ptr(), threads=torch.get_num_threads())
     del alive
     return out
-
-
-def _problem(inputs: Inputs):
-    """The native description of ``inputs``, and the tensors its addresses point into, which must outlive it."""
-    from otkern import _native
-
-    alive = inputs._replace(
-        a=_contiguous(inputs.a),
-        b=_contiguous(inputs.b),
-        reg=inputs.reg.contiguous(),
-        relaxation=_contiguous(inputs.relaxation),
-        lengths_a=_contiguous(inputs.lengths_a),
-        lengths_b=_contiguous(inputs.lengths_b),
-        cu_seqlens_a=_contiguous(inputs.cu_seqlens_a),
-        cu_seqlens_b=_contiguous(inputs.cu_seqlens_b),
-    )
-    problem = _native.Problem(
-        batch=inputs.batch,
-        max_a=inputs.max_a,
-        max_b=inputs.max_b,
-        total_a=inputs.shape_f[0] if inputs.packed else 0,
-        total_b=inputs.shape_g[0] if inputs.packed else 0,
-        features=0 if inputs.x_a is None else inputs.x_a.shape[-1],
-        dtype=_DTYPES[inputs.primary.dtype],
-        metric=_METRICS[inputs.metric],
-        x_a=_matrix(inputs.x_a),
-        x_b=_matrix(inputs.x_b),
-        cost=_matrix(inputs.cost),
-        a=_address(alive.a),
-        b=_address(alive.b),
-        reg=alive.reg.data_ptr(),
-        kind=KINDS.index(inputs.kind),
-        entropy=inputs.entropy,
-        relaxation=_address(alive.relaxation),
-        lengths_a=_address(alive.lengths_a),
-        lengths_b=_address(alive.lengths_b),
-        cu_seqlens_a=_address(alive.cu_seqlens_a),
-        cu_seqlens_b=_address(alive.cu_seqlens_b),
-        n_pairs=inputs.n_pairs,
-    )
-    return problem, alive
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _matrix(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Address and strides (batch, row, column); a packed tensor has no batch stride."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    return (tensor.data_ptr(), 0, *tensor.stride()) if tensor.dim() == 2 else (tensor.data_ptr(), *tensor.stride())
 
 
 def _empty(inputs: Inputs, side_a: bool, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

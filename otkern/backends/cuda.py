@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from otkern.backends.cpu import _DTYPES, _address, _contiguous, _problem
+from otkern.backends.native import DTYPES, address_of, contiguous, native_problem
 from otkern.problem import Inputs, PlanWeights, Schedule, check_points
 
 Needs = tuple[bool, bool, bool, bool, bool]
@@ -50,7 +50,7 @@ def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
     """None if this backend serves the call, else one sentence that says why not."""
     if (reason := missing(inputs.device.type)) is not None:
         return reason
-    if inputs.primary.dtype not in _DTYPES:
+    if inputs.primary.dtype not in DTYPES:
         return f"the cuda backend takes float64, float32, bfloat16 and float16, not {inputs.primary.dtype}"
     if schedule is not None and (schedule.update != "alternating" or schedule.overrelaxation != 1):
         return "the cuda backend iterates with update='alternating' and overrelaxation=1 only"
@@ -169,18 +169,18 @@ def forward(
     """Sinkhorn iterations; the values, potentials, multipliers, marginal errors and iteration counts of the batch."""
     if check:
         check_points(inputs)
-    problem, alive = _problem(inputs)
-    g_init = _contiguous(g_init)
+    problem, alive = native_problem(inputs)
+    g_init = contiguous(g_init)
     schedule = schedule or Schedule()
-    eps_start = _contiguous(schedule.eps_start)
+    eps_start = contiguous(schedule.eps_start)
     value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
     f, g = _new(inputs, inputs.shape_f), _new(inputs, inputs.shape_g)
     multipliers = alive.reg.new_empty((inputs.batch, 2))
     n_iters = torch.empty(inputs.batch, dtype=torch.int32, device=inputs.device)
     _module(inputs.device).cuda_forward(
         problem,
-        g_init=_address(g_init),
-        eps_start=_address(eps_start),
+        g_init=address_of(g_init),
+        eps_start=address_of(eps_start),
         eps_factor=schedule.eps_factor,
         max_iter=max_iter,
         tol=tol,
@@ -211,7 +211,7 @@ def symmetric(
     """
     if check:
         check_points(inputs)
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     eps_start, n_steps = eps_start.to(alive.reg.dtype).contiguous(), n_steps.to(torch.int32).contiguous()
     s_a, f, r_a = (_new(inputs, inputs.shape_f) for _ in range(3))
     s_b, g, r_b = (_new(inputs, inputs.shape_g) for _ in range(3))
@@ -239,7 +239,7 @@ def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs)
 
     None where not needed; where dvalue is 0, everything is.
     """
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     f, g, dvalue = f.contiguous(), g.contiguous(), dvalue.contiguous()
     grads, terms = _gradients(inputs, needs), _terms(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "ratio_a", "ratio_b", "entropy")
@@ -248,8 +248,8 @@ def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs)
         f=f.data_ptr(),
         g=g.data_ptr(),
         dvalue=dvalue.data_ptr(),
-        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
-        terms_reg=_address(terms),
+        **{name: address_of(grad) for name, grad in zip(names, grads, strict=True)},
+        terms_reg=address_of(terms),
         limits=_limits(inputs.device),
         **_where(inputs),
     )
@@ -261,17 +261,17 @@ def plan_backward(
     inputs: Inputs, f: Tensor, g: Tensor, weights: PlanWeights, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """(dx_a, dx_b, dcost, sum_a, sum_b, sum_reg): sums over the plan with given weights; None where not needed."""
-    problem, alive = _problem(inputs)
-    f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(_contiguous, weights))
+    problem, alive = native_problem(inputs)
+    f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(contiguous, weights))
     grads, terms = _gradients(inputs, needs), _terms(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "sum_a", "sum_b", "sum_reg")
     _module(inputs.device).cuda_plan_backward(
         problem,
         f=f.data_ptr(),
         g=g.data_ptr(),
-        **{name: _address(weight) for name, weight in weights._asdict().items()},
-        **{name: _address(grad) for name, grad in zip(names, grads, strict=True)},
-        terms_reg=_address(terms),
+        **{name: address_of(weight) for name, weight in weights._asdict().items()},
+        **{name: address_of(grad) for name, grad in zip(names, grads, strict=True)},
+        terms_reg=address_of(terms),
         limits=_limits(inputs.device),
         **_where(inputs),
     )
@@ -313,16 +313,16 @@ def implicit(
     max_iter: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The adjoint of the fixed point: p, q, the relative residuals and the iterations of conjugate gradients."""
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     vectors = {"f": f, "g": g, "slope_a": slope_a, "slope_b": slope_b}
     vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
-    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
+    vectors = {name: contiguous(vector) for name, vector in vectors.items()}
     p, q = _new(inputs, inputs.shape_f), _new(inputs, inputs.shape_g)
     residual = torch.empty_like(alive.reg)
     n_iters = torch.empty(inputs.batch, dtype=torch.int32, device=inputs.device)
     _module(inputs.device).cuda_implicit(
         problem,
-        **{name: _address(vector) for name, vector in vectors.items()},
+        **{name: address_of(vector) for name, vector in vectors.items()},
         singular=singular,
         tol=tol,
         max_iter=max_iter,
@@ -339,7 +339,7 @@ def implicit(
 
 def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool) -> Tensor:
     """P @ v, P^T @ v, or with ``times_cost`` the same with P * C; v and the result have the compute dtype."""
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
     shape = inputs.shape_g if transpose else inputs.shape_f
     out = _new(inputs, (*shape, v.shape[-1]))
@@ -350,7 +350,7 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
 
 def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
     """The dense plans (B, max_a, max_b), 0 in the padding."""
-    problem, alive = _problem(inputs)
+    problem, alive = native_problem(inputs)
     f, g = f.contiguous(), g.contiguous()
     out = torch.zeros((inputs.batch, inputs.max_a, inputs.max_b), dtype=inputs.compute_dtype, device=inputs.device)
     _apply(inputs, problem, f, g, plan=out)
@@ -374,9 +374,9 @@ def _apply(
         problem,
         f=f.data_ptr(),
         g=g.data_ptr(),
-        v=_address(v),
-        out=_address(out),
-        plan=_address(plan),
+        v=address_of(v),
+        out=address_of(out),
+        plan=address_of(plan),
         channels=channels,
         transpose=transpose,
         times_cost=times_cost,
