@@ -74,7 +74,8 @@ BACKWARD = {
     torch.float64: (Launch(16, 16, 2, 1, "ieee"), Launch(32, 16, 4, 1, "ieee")),
 }
 BACKWARD[torch.float16] = BACKWARD[torch.bfloat16]
-# With general weights the largest tile of each dtype spills (456 bytes in fp32, 1420 in fp64).
+# With general weights the largest tile of each dtype spills (456 bytes in fp32, 1420 in fp64), and so it does (300)
+# where distances are formed from differences.
 BACKWARD_GENERAL = {dtype: entries[:-1] for dtype, entries in BACKWARD.items()}
 # Gradients of costs, which need no product.
 BACKWARD_COST = {torch.float32: Launch(64, 16, 8, 1, "ieee"), torch.float64: Launch(32, 16, 4, 1, "ieee")}
@@ -101,6 +102,9 @@ MAX_PROGRAMS = 2**31 - 1
 SCRATCH_ITEMS = 1024
 SCRATCH_ELEMENTS = 2**28
 
+# Up to as many features, distances are formed from differences.
+FEW = 16
+DIFFERENCE = 3
 KIND = {"sqeuclidean": 0, "euclidean": 0, "cosine": 1, "dot": 1, "cost": 2}
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -157,10 +161,16 @@ def problem_arguments(inputs: Inputs) -> dict:
         "has_a": int(inputs.a is not None),
         "has_b": int(inputs.b is not None),
         "metric": (*METRICS, "cost").index(inputs.metric),
-        "KIND": KIND[inputs.metric],
+        "KIND": kind_of_cost(inputs),
         "COMPUTE": TL_DTYPE[inputs.compute_dtype],
         "WIDEN": inputs.device.type == "cpu",
     }
+
+
+def kind_of_cost(inputs: Inputs) -> int:
+    """How a kernel forms the cost: one of the constants of `tiles`."""
+    few = inputs.x_a is not None and inputs.x_a.shape[-1] <= FEW
+    return DIFFERENCE if few and inputs.metric in ("sqeuclidean", "euclidean") else KIND[inputs.metric]
 
 
 def first_given(*tensors: Tensor | None) -> Tensor:

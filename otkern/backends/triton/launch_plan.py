@@ -102,7 +102,7 @@ def _backward_classes(inputs: Inputs, general: bool) -> tuple[Launch, ...]:
         return (table("backward_cost_general", launch.BACKWARD_COST_GENERAL, inputs.compute_dtype, inputs.device),)
     if inputs.cost is not None:
         return (table("backward_cost", launch.BACKWARD_COST, inputs.compute_dtype, inputs.device),)
-    if general:
+    if general or launch.kind_of_cost(inputs) == launch.DIFFERENCE:
         return table("backward_general", launch.BACKWARD_GENERAL, inputs.primary.dtype, inputs.device)
     return table("backward", launch.BACKWARD, inputs.primary.dtype, inputs.device)
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from .tiles import (
     CLOSE,
     COSINE,
+    DIFFERENCE,
     DISTANCE,
     EUCLIDEAN,
     INNER,
@@ -131,7 +132,7 @@ def plan_backward_kernel(
                 beta = alpha + 1.0
                 weight = dcost
                 near_weight = dcost
-                if KIND == DISTANCE:
+                if (KIND == DISTANCE) | (KIND == DIFFERENCE):
                     # A pair at distance 0 adds nothing to either metric's gradient.
                     weight = tl.where(cost > 0, 2.0 * dcost, 0.0)
                     square = cost
@@ -211,7 +212,7 @@ def add_points_gradient(
         x = load_points(x_ptr, rows, rows < n, stride_x_n, stride_x_d, d0, D, BLOCK_D).to(COMPUTE)
         y = load_points(y_ptr, cols, cols < m, stride_y_n, stride_y_d, d0, D, BLOCK_D).to(COMPUTE)
         extra = tl.zeros_like(x)
-        if KIND == DISTANCE:
+        if (KIND == DISTANCE) | (KIND == DIFFERENCE):
             if any_near > 0:
                 extra = near_differences(
                     x, near_weight, y_ptr, cols, stride_y_n, stride_y_d, d0, D, COLS, BLOCK_D, COMPUTE

@@ -7,6 +7,7 @@ import triton.language as tl
 DISTANCE = tl.constexpr(0)  # |x - y|^2 or |x - y|, from centred points
 INNER = tl.constexpr(1)  # -<x, y> or 1 - cos(x, y)
 MATRIX = tl.constexpr(2)  # read from memory
+DIFFERENCE = tl.constexpr(3)  # |x - y|^2 or |x - y| as sums of squared differences, for few features
 
 SQEUCLIDEAN = tl.constexpr(0)
 EUCLIDEAN = tl.constexpr(1)
@@ -18,8 +19,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # |x|^2 + |y|^2 - 2<x, y> has an absolute error of about 2^-24 (|x|^2 + |y|^2); below this fraction of it too little of
 # the distance is left, and it is summed again from differences.
 CLOSE = tl.constexpr(0.125)
-# Up to as many features, squared distances are sums of squared differences.
-FEW = tl.constexpr(16)
 # Marks a squared distance that has been summed again and is exactly zero.
 TINY = tl.constexpr(1e-37)
 
@@ -185,6 +184,30 @@ def products(
 
 
 @triton.jit
+def squared_differences(
+    x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D,
+    ROWS: tl.constexpr, COLS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """|x - y|^2 of every pair, feature by feature, and |x|^2 and |y|^2 of the centred points.
+
+    With few features this costs little, and the error of the product form is much where reg is small.
+    """
+    square = tl.zeros((ROWS, COLS), COMPUTE)
+    xx = tl.zeros((ROWS,), COMPUTE)
+    yy = tl.zeros((COLS,), COMPUTE)
+    col_count = tl.maximum(tl.sum((cols < m).to(tl.int32), axis=0), 1).to(COMPUTE)
+    for d in range(0, D):
+        x = tl.load(x_ptr + rows.to(tl.int64) * stride_x_n + d * stride_x_d, mask=rows < n, other=0.0).to(COMPUTE)
+        y = tl.load(y_ptr + cols.to(tl.int64) * stride_y_n + d * stride_y_d, mask=cols < m, other=0.0).to(COMPUTE)
+        difference = x[:, None] - y[None, :]
+        square += difference * difference
+        centre = tl.sum(y, axis=0) / col_count
+        xx += (x - centre) * (x - centre)
+        yy += (y - centre) * (y - centre)
+    return square, xx, yy
+
+
+@triton.jit
 def cost_tile(
     x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, metric,
     ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr, COMPUTE: tl.constexpr,
@@ -193,7 +216,8 @@ def cost_tile(
     """Cost of the rows against the columns, +inf outside the item, and two numbers per point that the gradients need.
 
     INNER: 1 / |s x| (0 for a zero vector) and s, the power of two by which an extreme point is multiplied, else 1.
-    DISTANCE: |x|^2 of the centred points, and 1. MATRIX reads x_ptr with the strides (stride_x_n, stride_x_d).
+    DISTANCE, DIFFERENCE: |x|^2 of the centred points, and 1.
+    MATRIX reads x_ptr with the strides (stride_x_n, stride_x_d).
     16-bit points are multiplied as they are, which is exact, unless WIDEN: the interpreter has no bfloat16 product.
     """
     inside = (rows < n)[:, None] & (cols < m)[None, :]
@@ -204,6 +228,12 @@ def cost_tile(
     if KIND == MATRIX:
         offsets = rows.to(tl.int64)[:, None] * stride_x_n + cols.to(tl.int64)[None, :] * stride_x_d
         cost = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(COMPUTE)
+    elif KIND == DIFFERENCE:
+        cost, xx, yy = squared_differences(
+            x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, ROWS, COLS, COMPUTE
+        )
+        if metric == EUCLIDEAN:
+            cost = tl.sqrt(cost)
     else:
         xy, xx, yy = products(
             x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, scale_x, scale_y,
@@ -211,18 +241,11 @@ def cost_tile(
         )  # fmt: skip
         if KIND == DISTANCE:
             # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>  # (ROWS, COLS)
-            # With few features sums of differences cost little, and the product's error much where reg is small.
-            by_product = (D > FEW).to(COMPUTE)
-            scale = (xx[:, None] + yy[None, :]) * by_product
+            scale = xx[:, None] + yy[None, :]
             cost = squared_distance_again(
-                tl.maximum(scale - 2 * by_product * xy, 0.0), scale, x_ptr, y_ptr,
-                stride_x_n, stride_x_d, stride_y_n, stride_y_d, rows, cols, n, m, D, COLS, BLOCK_D, COMPUTE,
+                tl.maximum(scale - 2 * xy, 0.0), scale, x_ptr, y_ptr, stride_x_n, stride_x_d, stride_y_n, stride_y_d,
+                rows, cols, n, m, D, COLS, BLOCK_D, COMPUTE,
             )  # fmt: skip
-            for d in range(0, tl.where(D > FEW, 0, D)):
-                x = tl.load(x_ptr + rows.to(tl.int64) * stride_x_n + d * stride_x_d, mask=rows < n, other=0.0)
-                y = tl.load(y_ptr + cols.to(tl.int64) * stride_y_n + d * stride_y_d, mask=cols < m, other=0.0)
-                difference = x.to(COMPUTE)[:, None] - y.to(COMPUTE)[None, :]
-                cost += difference * difference
             if metric == EUCLIDEAN:
                 cost = tl.sqrt(cost)
         else:
