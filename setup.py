@@ -54,6 +54,10 @@ def build_mode() -> str:
     return mode
 
 
+def wants_host_executor() -> bool:
+    return os.environ.get("OTKERN_BUILD_HOST_EXECUTOR") == "1"
+
+
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command: $CXX, or the first of the usual names on the PATH."""
     if command := os.environ.get("CXX"):
@@ -73,16 +77,24 @@ def find_nvcc(mode: str) -> str | None:
     return path
 
 
+def host_compiler(compiler: list[str]) -> list[str]:
+    """nvcc's options for the C++ compiler: its program, behind launchers such as ccache, and its flags."""
+    programs = [word for word in compiler if not word.startswith("-")]
+    program = next((word for word in programs if "cache" not in Path(word).name and Path(word).name != "distcc"), "c++")
+    flags = [word for word in compiler if word not in programs]
+    return ["-ccbin", program, *(f"-Xcompiler={flag}" for flag in flags)]
+
+
 def cuda_targets(nvcc: str) -> list[str]:
-    """Flags for the targets that this nvcc knows; the newest one's PTX, too."""
+    """Flags for the targets that this nvcc knows; PTX of the newest, too."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     wanted = [number for number in CUDA_TARGETS if re.search(rf"^compute_{number}$", known, re.MULTILINE)]
     flags = []
     for number in wanted:
         code = CUDA_TARGETS[number]
-        both = f"[{code},compute_{number}]" if number == wanted[-1] and not code.endswith("a") else code
-        flags += ["-gencode", f"arch={code.replace('sm', 'compute')},code={both}"]
-    return flags
+        flags += ["-gencode", f"arch={code.replace('sm', 'compute')},code={code}"]
+    # Of an architecture-specific target no other device could use the PTX.
+    return [*flags, *(["-gencode", f"arch=compute_{wanted[-1]},code=compute_{wanted[-1]}"] if wanted else [])]
 
 
 def find_ninja() -> str:
@@ -157,7 +169,7 @@ def write_ninja(folder: Path, compiler: list[str], nvcc: str | None, target: Pat
     ]
     if nvcc:
         # nvcc links, too: it knows where its own runtime is.
-        host = [nvcc, "-ccbin", compiler[-1]]
+        host = [nvcc, *host_compiler(compiler)]
         lines += [
             "rule compile_cuda",
             f"  command = {shlex.join([*host, *NVCC_FLAGS, *cuda_targets(nvcc)])} -MMD -MF $out.d -c $in -o $out",
@@ -176,6 +188,14 @@ def write_ninja(folder: Path, compiler: list[str], nvcc: str | None, target: Pat
 
 
 class BuildNative(build_ext):
+    def run(self) -> None:
+        if not wants_host_executor():
+            # That of an earlier build would be packed into a wheel, or meet another layout of the calls.
+            folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+            for stale in (folder / "otkern").glob("_cuda_host*.so"):
+                stale.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         mode = build_mode()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -211,7 +231,7 @@ class BuildNative(build_ext):
                 run(nvcc)
                 say(f"built the C++ half with {compiler[0]} and the CUDA half with {nvcc}")
                 return
-            except subprocess.CalledProcessError as error:
+            except (OSError, subprocess.CalledProcessError) as error:
                 if build_mode() == "cuda":
                     raise
                 reason = f"the build with {nvcc} failed: {error}"
@@ -241,7 +261,7 @@ def extensions() -> list[Extension]:
         return []
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
     found = [Extension("otkern._native", sources, optional=mode == "auto")]
-    if os.environ.get("OTKERN_BUILD_HOST_EXECUTOR") == "1":
+    if wants_host_executor():
         found.append(Extension("otkern._cuda_host", sources))
     return found
 

@@ -25,6 +25,7 @@ class Problem:
         lengths_b: int,
         cu_seqlens_a: int,
         cu_seqlens_b: int,
+        n_pairs: int,
     ) -> None: ...
 
 def cpu_forward(
@@ -52,7 +53,6 @@ def cpu_symmetric(
     n_steps: int,
     eps_factor: float,
     cost_floor: float,
-    n_cross: int,
     check: bool,
     store_bytes: int,
     s_a: int,

@@ -212,7 +212,8 @@ class _Sinkhorn(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The gradient is to be differentiated again, and then the potentials move with the problem.
             f, g, multipliers = potentials(inputs, f, g, multipliers, ctx.how, ctx.backend)
-            inputs = inputs._replace(first_self=-1)  # the two sides of a self item by themselves: see second_order
+            # second_order differentiates the sums of each side by itself: neither may stand for both.
+            inputs = inputs._replace(first_self=-1)
         grads = gradients.of_value(
             inputs, f, g, multipliers, dvalue.contiguous(), list(need[:_N_DIFFERENTIABLE]), False, ctx.backend
         )

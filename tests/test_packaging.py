@@ -1,5 +1,6 @@
 """What ships: the metadata, the typed marker, the README's code and the examples in the docstrings."""
 
+import ast
 import doctest
 import importlib
 import importlib.metadata
@@ -84,3 +85,17 @@ def test_docstring_examples_run(module):
 def test_public_functions_have_an_example():
     for name in ("solve", "solve_sample", "solve_batch", "solve_sample_batch", "SinkhornLoss"):
         assert ">>> " in getattr(otkern, name).__doc__, f"otkern.{name} has no example"
+
+
+def test_the_type_stub_has_the_arguments_of_the_native_functions():
+    native = pytest.importorskip("otkern._native", reason="the native module is not built")
+    for node in ast.parse((ROOT / "otkern" / "_native.pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            function, node = getattr(native, node.name).__init__, node.body[0]
+        elif isinstance(node, ast.FunctionDef) and hasattr(native, node.name):
+            function = getattr(native, node.name)
+        else:
+            continue
+        signature = function.__doc__.splitlines()[0].split("->")[0]
+        names = [name for name in re.findall(r"(\w+): ", signature) if name != "self"]
+        assert names == [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg != "self"], node.name

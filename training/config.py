@@ -1,6 +1,7 @@
 """The configuration of an alignment run: defaults, YAML files, dotted overrides, and checks of every name and value."""
 
 import copy
+import math
 from pathlib import Path
 
 import yaml
@@ -187,7 +188,12 @@ def check_relaxation(prefix: str, relaxation: str, value: float | None, debias: 
         if value is not None:
             raise ValueError(f"{prefix}relaxation_value must be null with relaxation 'balanced', but was {value!r}")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 or relaxation == "null_points"):
-        raise ValueError(f"{prefix}relaxation_value must be a number with relaxation {relaxation!r}, but was {value!r}")
+    lowest, highest = {"unbalanced": (0, math.inf), "partial": (0, 1), "null_points": (-math.inf, math.inf)}[relaxation]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not lowest < value <= highest:
+        raise ValueError(
+            f"{prefix}relaxation_value must be a finite number above {lowest} and up to {highest} with relaxation "
+            f"{relaxation!r}, but was {value!r}"
+        )
     if debias and relaxation != "unbalanced":
         raise ValueError(f"{prefix}debias must be false with relaxation {relaxation!r}, which has no divergence")

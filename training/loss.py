@@ -88,6 +88,14 @@ def solve_pairs(x: Cloud, y: Cloud, options: dict, prior: float = 0.0):
     return otkern.solve(cost + prior * position_cost(*shape, x.lengths, y.lengths), **solver)
 
 
+def plan_of_mass_one(result, options: dict) -> Tensor:
+    """The plans without gradient; relaxed ones over the mass that they move, so that every pair counts the same."""
+    plan = result.plan.detach()
+    if options["relaxation"] == "balanced":
+        return plan
+    return plan / plan.sum((1, 2), keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
+
+
 def self_transport(x: Cloud, y: Cloud, options: dict) -> Tensor:
     """The debiasing terms ½ OT(x, x) + ½ OT(y, y) of each problem: (P,)."""
     return (solve_pairs(x, x, options).value + solve_pairs(y, y, options).value) / 2
@@ -173,7 +181,7 @@ def word_loss(x: Cloud, y: Cloud, options: dict, prior: float, plan: Tensor | No
     if plan is None and (options["ot_weight"] or contrast["weight"]):
         result = solve_pairs(x, y, options, prior)
         value = result.value
-        plan = result.plan.detach() if contrast["weight"] else None
+        plan = plan_of_mass_one(result, options) if contrast["weight"] else None
     elif options["ot_weight"]:
         value = cost_under(plan, x, y, options["metric"])
     if options["ot_weight"]:
@@ -217,7 +225,8 @@ def alignment_loss(
     for rows in groups:
         plan = None
         if plan_layer is not None:
-            plan = solve_pairs(*(side.detach() for side in clouds(plan_layer, rows)), options, prior).plan.detach()
+            result = solve_pairs(*(side.detach() for side in clouds(plan_layer, rows)), options, prior)
+            plan = plan_of_mass_one(result, options)
         share = 1 / len(groups)
         for layer in options["layers"]:
             word_loss(*clouds(layer, rows), options, prior, plan, parts, share / len(options["layers"]))

@@ -34,6 +34,8 @@ def missing(device_type: str) -> str | None:
             return f"the native module cannot be imported ({error}); reinstall otkern where compilers are found"
         if not hasattr(_native, "cuda_forward"):
             return "the native module was built without its CUDA half; reinstall otkern where nvcc is found"
+        if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+            return f"the cuda backend takes devices of compute capability 8.0 and up, not {capability}"
         return None
     if device_type != "cpu":
         return f"the cuda backend takes CUDA tensors, not {device_type} tensors"
@@ -57,8 +59,8 @@ def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
     if _size_class(inputs) < 0 or not _plan_fits(inputs):
         return (
             f"the cuda backend holds whole problems on the chip, in {str(inputs.compute_dtype).removeprefix('torch.')} "
-            f"up to {_largest_square(inputs)} points a side here, and {inputs.max_a} x {inputs.max_b} do not fit; "
-            "use the triton backend"
+            f"up to {_largest_square(inputs)} points a side here, and {inputs.max_a} x {inputs.max_b} do not fit"
+            f"{'' if inputs.first_self < 0 else ', the larger cloud with itself'}; use the triton backend"
         )
     return None
 

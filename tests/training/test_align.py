@@ -219,6 +219,11 @@ def test_relaxed_marginals_move_less_mass_in_word_and_position_costs(config_file
         assert (masses < 0.999).all()
         if relaxation == "partial":
             torch.testing.assert_close(masses, torch.full_like(masses, value), atol=1e-4, rtol=0)
+        plan = loss.plan_of_mass_one(loss.solve_pairs(*clouds, stage, prior), stage)
+        torch.testing.assert_close(plan.sum((1, 2)), torch.ones(len(plan)))
+    for unusable in ("2.0" if relaxation == "partial" else ".inf", ".nan", "many"):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            load_config(config_file, [*given, f"stages.0.relaxation_value={unusable}"])
     if relaxation != "unbalanced":
         with pytest.raises(ValueError, match="debias must be false"):
             load_config(config_file, [*given, "stages.0.debias=true"])
@@ -245,7 +250,7 @@ def test_pooling_makes_one_problem_of_all_points(clouds):
 @pytest.mark.parametrize(
     ("override", "error", "message"),
     [
-        ("stages.0.relaxation=partial", ValueError, "relaxation_value must be a number"),
+        ("stages.0.relaxation=partial", ValueError, "relaxation_value must be a finite number above 0 and up to 1"),
         ("stages.0.relaxation=some", ValueError, "relaxation must be one of"),
         ("stages.0.relaxation_value=1", ValueError, "relaxation_value must be null"),
         ("stages.0.scope=batch", ValueError, "position_prior"),

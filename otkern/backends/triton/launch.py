@@ -1,7 +1,8 @@
 """The host side of all kernels: the launch table, the arguments that every kernel takes, the grids, the costs.
 
-Nothing here reads device memory. Which kernel serves an item, and with which block sizes, follows from the item's own
-size inside the kernel; the host only launches every size class that the batch may hold.
+Nothing reads device memory, but for `launch_symmetric.longest_ladder`. Which kernel serves an item, and with which
+block sizes, follows from the item's own size inside the kernel; the host only launches every size class that the batch
+may hold.
 """
 
 from __future__ import annotations
