@@ -331,11 +331,16 @@ def test_bad_values_are_reported_of_what_the_caller_gave():
         otkern.sinkhorn_divergence(x, y, reg=1.0, backend="reference")
 
 
-def test_it_compiles_without_a_break():
-    x, y = torch.rand(2, 5, 3), torch.rand(2, 4, 3)
+def test_it_compiles_without_a_break(backend, device):
+    def value_and_gradients(function):
+        x, y = (t.to(device).requires_grad_() for t in (torch.ones(2, 5, 3).cumsum(1), torch.ones(2, 4, 3).cumsum(2)))
+        value = function(x, y)
+        return value.detach(), *torch.autograd.grad(value.sum(), (x, y))
 
-    def value(x, y):
-        return otkern.sinkhorn_divergence(x, y, reg=0.5, max_iter=3, backend="reference")
+    def divergence(x, y):
+        return otkern.sinkhorn_divergence(x, y, reg=0.5, max_iter=3, backend=backend)
 
     torch._dynamo.reset()
-    assert torch.compile(value, fullgraph=True, backend="aot_eager")(x, y).equal(value(x, y))
+    compiled = torch.compile(divergence, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(value_and_gradients(compiled), value_and_gradients(divergence), strict=True):
+        torch.testing.assert_close(traced, eager)

@@ -6,7 +6,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import otkern
-from otkern import ops
+from otkern import debiasing, ops
 from otkern.arguments import read_costs, read_points, read_relaxation
 
 
@@ -56,7 +56,15 @@ def null_problem(device):
     return read_relaxation(packed_problem(device), None, None, 0.8, entropy=False)
 
 
-PROBLEMS = (padded_problem, packed_problem, cost_problem, one_sided_problem, partial_problem, null_problem)
+def debiased_problem(device):
+    """Pairs, and clouds with themselves."""
+    return debiasing.stacked(padded_problem(device))
+
+
+PROBLEMS = (
+    *(padded_problem, packed_problem, cost_problem, debiased_problem),
+    *(one_sided_problem, partial_problem, null_problem),
+)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
