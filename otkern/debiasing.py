@@ -30,8 +30,6 @@ def run_debiased(call: Call) -> OTResult:
     inputs, how, backend = call.inputs, call.differentiation, call.backend
     check_kind(inputs)
     differentiated = torch.is_grad_enabled() and (inputs.x_a.requires_grad or inputs.x_b.requires_grad)
-    if how.grad in ("implicit", "unrolled"):
-        how = how._replace(iterations=None)
 
     def solve(problem: Inputs) -> Outputs:
         iterations = _iterations_of(inputs, problem, call.iterations)
