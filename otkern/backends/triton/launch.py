@@ -202,7 +202,9 @@ def classes(entries: tuple[Launch, ...], largest: int):
 
 def relaxed_arguments(inputs: Inputs, eps_start: Tensor | None = None, eps_factor: float = 1.0) -> dict:
     """What describes marginals, a schedule, and items that match a cloud with themselves, by name."""
-    reg, used = inputs.reg.contiguous(), eps_start is not None or inputs.n_pairs < inputs.batch
+    reg = inputs.reg.contiguous()
+    # Only the plain balanced solve of pairs does not read the schedule.
+    used = eps_start is not None or inputs.kind != "balanced" or inputs.n_pairs < inputs.batch
     return {
         "kind": KINDS.index(inputs.kind),
         "relaxation_ptr": reg if inputs.relaxation is None else inputs.relaxation.contiguous(),
