@@ -84,46 +84,5 @@ void Sinkhorn<T>::finish_self(bool in_kernel) {
     team.barrier();
 }
 
-template <class T>
-int Sinkhorn<T>::run_self(const ForwardCall &call) {
-    const int found = prepare(nullptr, call.check);
-    const int64_t max_iter = call.max_iter;
-    set_eps(first_eps(call));
-    team.barrier();
-    bool in_kernel = false, at_reg = false;
-    int64_t passes = 0, log_run = 1, left = log_run;  // as in run()
-    for (;;) {
-        const bool last = iterations == max_iter, compare = at_reg && (last || call.tol >= 0);
-        row_step(in_kernel, false, compare);
-        if (compare) {
-            column_gap = 0;
-            for (int64_t k = 0; k < blocks; ++k) column_gap += notes[k].error;
-            error = combined_error();
-        }
-        const bool done = last || (compare && error <= call.tol);
-        if (done && (!in_kernel || row_sums_count())) break;
-        if (done || !self_step(in_kernel)) {
-            leave_self_kernel();
-            in_kernel = false;
-            left = log_run = done || passes > 0 ? 1 : minimum<int64_t>(2 * log_run, 32);
-            continue;
-        }
-        ++iterations;
-        at_reg = eps == item.reg;
-        if (!at_reg) {
-            set_eps(iterations + 1 == max_iter ? item.reg : maximum(item.reg, eps * T(call.eps_factor)));
-            team.barrier();
-        } else if (in_kernel) {
-            ++passes;
-        } else if (absorbs && --left <= 0 && iterations < max_iter) {
-            in_kernel = build_kernel();
-            passes = 0;
-            if (!in_kernel) left = log_run = minimum<int64_t>(2 * log_run, 32);
-        }
-    }
-    finish_self(in_kernel);
-    return found;
-}
-
 }  // namespace OTKERN_LEVEL
 }  // namespace otkern

@@ -83,7 +83,6 @@ class Sinkhorn {
     double excess = 0;           // of a cloud with itself: by how much the plan's mass is above that of the weights
 
   private:
-    int run_self(const ForwardCall &call);
     bool self_step(bool in_kernel);
     void leave_self_kernel();
     void finish_self(bool in_kernel);
@@ -106,7 +105,7 @@ class Sinkhorn {
     // Into the kernel domain from g alone. Where a penalty keeps potentials far from their soft minima, f - o would be
     // a small difference of large numbers: there an iteration in the log domain comes first.
     bool enter_kernel() {
-        if (!absorbs || eps != item.reg || side_a.is_penalty() || side_b.is_penalty()) return false;
+        if (!absorbs || item.same || eps != item.reg || side_a.is_penalty() || side_b.is_penalty()) return false;
         start_rows();
         return build_kernel();
     }
@@ -139,10 +138,22 @@ class Sinkhorn {
     static Vec<T> log_ratio_of(Vec<T> x, Bits<T> below_cap) {
         return select<T>(below_cap, Vec<T>{}, vmin<T>(x, splat(-tiny<T>())));
     }
+    bool column_step(bool in_kernel) {
+        if (in_kernel) return kernel_column_step();
+        log_column_step();
+        return true;
+    }
+    void leave() {
+        if (item.same)
+            leave_self_kernel();
+        else
+            leave_kernel();
+    }
     void finish(bool in_kernel);
     double combined_error() const {
         double sum = 0;
         for (int64_t k = 0; k < blocks; ++k) sum += notes[k].error;
+        if (item.same) sum *= 2;
         if (side_a.is_constraint())
             for (int64_t i = 0; i < item.n; ++i) sum += dead_a[i] != 0 ? double(a[i]) : 0;
         if (side_b.is_constraint())
@@ -214,6 +225,7 @@ void Sinkhorn<T>::set_eps(T value) {
         const Vec<T> weight = load_some(a + i, end - i, T(0));
         store_some(offset_a + i, end - i, entropy ? entropy_offset<T>(weight, eps) : Vec<T>{});
     }
+    if (item.same) return;
     own_columns(begin, end);
     for (int64_t j = begin; j < end; j += width)
         store(offset_b + j, entropy ? entropy_offset<T>(load(b + j), eps) : Vec<T>{});
@@ -303,8 +315,7 @@ void Sinkhorn<T>::finish(bool in_kernel) {
 
 template <class T>
 int Sinkhorn<T>::run(const ForwardCall &call) {
-    if (item.same) return run_self(call);
-    const int found = prepare(call.g_init, call.check);
+    const int found = prepare(item.same ? nullptr : call.g_init, call.check);
     const int64_t max_iter = call.max_iter;
     set_eps(item.reg);
     if (partial) {
@@ -320,24 +331,19 @@ int Sinkhorn<T>::run(const ForwardCall &call) {
     int64_t log_run = 1, left = log_run;  // log-domain iterations to do before the next attempt
     for (;;) {
         const bool last = iterations == max_iter, compare = at_reg && (last || call.tol >= 0);
-        row_step(in_kernel, !last, compare);
+        row_step(in_kernel, !last && !item.same, compare);
         if (compare) error = combined_error();
         if (last || (compare && error <= call.tol)) {
             if (!in_kernel || row_sums_count()) break;
-            leave_kernel();
+            leave();
             in_kernel = false;
             left = log_run = 1;
             continue;
         }
-        bool counts = true;
-        if (in_kernel)
-            counts = kernel_column_step();
-        else
-            log_column_step();
-        if (!counts) {
+        if (!(item.same ? self_step(in_kernel) : column_step(in_kernel))) {
             log_run = passes == 0 ? minimum<int64_t>(2 * log_run, 32) : 1;
             left = log_run;
-            leave_kernel();
+            leave();
             in_kernel = false;
             continue;
         }
@@ -347,9 +353,11 @@ int Sinkhorn<T>::run(const ForwardCall &call) {
             set_eps(iterations + 1 == max_iter ? item.reg : maximum(item.reg, eps * T(call.eps_factor)));
             in_kernel = enter_kernel();
         } else if (in_kernel) {
-            exchange(row_sums, counted_sums);
-            exchange(v, new_v);
-            exchange(bv, new_bv);
+            if (!item.same) {
+                exchange(row_sums, counted_sums);
+                exchange(v, new_v);
+                exchange(bv, new_bv);
+            }
             ++passes;
         } else if (absorbs && --left <= 0 && iterations < max_iter) {
             in_kernel = build_kernel();
@@ -360,7 +368,10 @@ int Sinkhorn<T>::run(const ForwardCall &call) {
             }
         }
     }
-    finish(in_kernel);
+    if (item.same)
+        finish_self(in_kernel);
+    else
+        finish(in_kernel);
     return found;
 }
 
