@@ -10,12 +10,10 @@ import functools
 import torch
 from torch import Tensor
 
-from otkern.backends.native import DTYPES, address_of, contiguous, native_problem
+from otkern.backends.native import DTYPES, Needs, address_of, contiguous, native_problem, new_gradients, new_rows
 from otkern.problem import Inputs, PlanWeights, Schedule, non_finite_points
 
 _ARGUMENTS = ("X_a", "X_b", "M")
-
-Needs = tuple[bool, bool, bool, bool, bool]
 
 # The cost of an item up to this size is kept during the iterations, with as much again for the kernel; so is the plan
 # of the implicit gradient. A larger one is computed again from the points in every iteration, and memory stays linear
@@ -84,7 +82,7 @@ def forward(
     schedule = schedule or Schedule()
     eps_start = contiguous(schedule.eps_start)
     value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
-    f, g = _empty(inputs, True, inputs.shape_f), _empty(inputs, False, inputs.shape_g)
+    f, g = new_rows(inputs, True, inputs.shape_f), new_rows(inputs, False, inputs.shape_g)
     multipliers = alive.reg.new_empty((inputs.batch, 2))
     n_iters = torch.empty(inputs.batch, dtype=torch.int32)
     bad = _native.cpu_forward(
@@ -133,8 +131,8 @@ def symmetric(
 
     problem, alive = native_problem(inputs)
     eps_start, n_steps = eps_start.to(alive.reg.dtype).contiguous(), n_steps.to(torch.int32).contiguous()
-    s_a, f, r_a = (_empty(inputs, True, inputs.shape_f) for _ in range(3))
-    s_b, g, r_b = (_empty(inputs, False, inputs.shape_g) for _ in range(3))
+    s_a, f, r_a = (new_rows(inputs, True, inputs.shape_f) for _ in range(3))
+    s_b, g, r_b = (new_rows(inputs, False, inputs.shape_g) for _ in range(3))
     bad = _native.cpu_symmetric(
         problem,
         eps_start=eps_start.data_ptr(),
@@ -164,7 +162,7 @@ def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs)
 
     problem, alive = native_problem(inputs)
     f, g, dvalue = f.contiguous(), g.contiguous(), dvalue.contiguous()
-    grads = _gradients(inputs, needs)
+    grads = new_gradients(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "ratio_a", "ratio_b", "entropy")
     _native.cpu_backward(
         problem,
@@ -186,7 +184,7 @@ def plan_backward(
 
     problem, alive = native_problem(inputs)
     f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(contiguous, weights))
-    grads = _gradients(inputs, needs)
+    grads = new_gradients(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "sum_a", "sum_b", "sum_reg")
     _native.cpu_plan_backward(
         problem,
@@ -198,20 +196,6 @@ def plan_backward(
     )
     del alive
     return grads
-
-
-def _gradients(inputs: Inputs, needs: Needs) -> tuple[Tensor | None, ...]:
-    """Memory for what `backward` and `plan_backward` return."""
-    needs_a, needs_b, needs_cost, needs_sums, needs_reg = needs
-    dtype = inputs.primary.dtype
-    return (
-        _empty(inputs, True, inputs.x_a.shape, dtype) if needs_a else None,
-        _empty(inputs, False, inputs.x_b.shape, dtype) if needs_b else None,
-        torch.empty(inputs.cost.shape, dtype=dtype) if needs_cost else None,
-        _empty(inputs, True, inputs.shape_f) if needs_sums else None,
-        _empty(inputs, False, inputs.shape_g) if needs_sums else None,
-        inputs.reg.new_empty(inputs.batch) if needs_reg else None,
-    )
 
 
 def implicit(
@@ -235,7 +219,7 @@ def implicit(
     vectors = {"f": f, "g": g, "slope_a": slope_a, "slope_b": slope_b}
     vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
     vectors = {name: contiguous(vector) for name, vector in vectors.items()}
-    p, q = _empty(inputs, True, inputs.shape_f), _empty(inputs, False, inputs.shape_g)
+    p, q = new_rows(inputs, True, inputs.shape_f), new_rows(inputs, False, inputs.shape_g)
     residual, n_iters = torch.empty_like(alive.reg), torch.empty(inputs.batch, dtype=torch.int32)
     _native.cpu_implicit(
         problem,
@@ -260,7 +244,7 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
     problem, alive = native_problem(inputs)
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
     shape = (*(inputs.shape_g if transpose else inputs.shape_f), v.shape[-1])
-    out = _empty(inputs, not transpose, shape)
+    out = new_rows(inputs, not transpose, shape)
     _native.cpu_apply(
         problem,
         f=f.data_ptr(),
@@ -286,12 +270,3 @@ def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
     _native.cpu_plan(problem, f=f.data_ptr(), g=g.data_ptr(), out=out.data_ptr(), threads=torch.get_num_threads())
     del alive
     return out
-
-
-def _empty(inputs: Inputs, side_a: bool, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that the kernels fill, padding included; zeros where packed offsets leave rows to no item."""
-    dtype = inputs.compute_dtype if dtype is None else dtype
-    offsets = inputs.cu_seqlens_a if side_a else inputs.cu_seqlens_b
-    if offsets is not None and (int(offsets[0]) != 0 or int(offsets[-1]) != shape[0]):
-        return torch.zeros(shape, dtype=dtype)
-    return torch.empty(shape, dtype=dtype)

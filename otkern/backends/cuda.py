@@ -15,10 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from otkern.backends.native import DTYPES, address_of, contiguous, native_problem
+from otkern.backends.native import DTYPES, Needs, address_of, contiguous, native_problem, new_gradients, new_rows
 from otkern.problem import Inputs, PlanWeights, Schedule, check_points
-
-Needs = tuple[bool, bool, bool, bool, bool]
 
 # Never on an absorbed kernel: the iteration that the other one is checked against.
 LOG_DOMAIN_ONLY = False
@@ -136,19 +134,33 @@ def _bytes(inputs: Inputs, number: int, n: int, m: int) -> int:
 
 def _size_class(inputs: Inputs) -> int:
     """The number of the class of the largest item, -1 where none holds it."""
-    n, m = _sizes(inputs)
+    wide, directions = inputs.compute_dtype == torch.float64, inputs.metric == "cosine"
+    return _class_of(inputs.device.type, _limits(inputs.device), wide, directions, *_sizes(inputs))
+
+
+# Every call asks for this and the next one, and the answers take a dozen calls of the native module.
+@functools.lru_cache(maxsize=4096)
+def _class_of(device_type: str, limits: tuple[int, int], wide: bool, directions: bool, n: int, m: int) -> int:
     if n == 0 or m == 0:
         return 0
-    classes = enumerate(_classes(inputs))
-    return next((number for number, found in classes if _bytes(inputs, number, n, m) <= found["bytes"]), -1)
+    module = _module(torch.device(device_type))
+    for number, found in enumerate(module.cuda_classes("forward", limits)):
+        if module.cuda_bytes("forward", limits, number, wide, n, m, directions) <= found["bytes"]:
+            return number
+    return -1
 
 
 def _plan_fits(inputs: Inputs) -> bool:
     """Whether rows of the plan fit, and columns: what every gradient needs."""
     wide, directions = inputs.compute_dtype == torch.float64, inputs.metric == "cosine"
     sides = (max(1, inputs.max_a), max(1, inputs.max_b))
-    plan_rows = _module(inputs.device).cuda_plan_rows
-    return all(plan_rows(_limits(inputs.device), wide, longest, directions)[0] > 0 for longest in sides)
+    return all(_rows_fit(inputs.device.type, _limits(inputs.device), wide, side, directions) for side in sides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_fit(device_type: str, limits: tuple[int, int], wide: bool, columns: int, directions: bool) -> bool:
+    rows, _ = _module(torch.device(device_type)).cuda_plan_rows(limits, wide, columns, directions)
+    return rows > 0
 
 
 def _largest_square(inputs: Inputs) -> int:
@@ -176,7 +188,7 @@ def forward(
     schedule = schedule or Schedule()
     eps_start = contiguous(schedule.eps_start)
     value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
-    f, g = _new(inputs, inputs.shape_f), _new(inputs, inputs.shape_g)
+    f, g = new_rows(inputs, True, inputs.shape_f), new_rows(inputs, False, inputs.shape_g)
     multipliers = alive.reg.new_empty((inputs.batch, 2))
     n_iters = torch.empty(inputs.batch, dtype=torch.int32, device=inputs.device)
     _module(inputs.device).cuda_forward(
@@ -215,8 +227,8 @@ def symmetric(
         check_points(inputs)
     problem, alive = native_problem(inputs)
     eps_start, n_steps = eps_start.to(alive.reg.dtype).contiguous(), n_steps.to(torch.int32).contiguous()
-    s_a, f, r_a = (_new(inputs, inputs.shape_f) for _ in range(3))
-    s_b, g, r_b = (_new(inputs, inputs.shape_g) for _ in range(3))
+    s_a, f, r_a = (new_rows(inputs, True, inputs.shape_f) for _ in range(3))
+    s_b, g, r_b = (new_rows(inputs, False, inputs.shape_g) for _ in range(3))
     _module(inputs.device).cuda_symmetric(
         problem,
         eps_start=eps_start.data_ptr(),
@@ -243,7 +255,7 @@ def backward(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: Needs)
     """
     problem, alive = native_problem(inputs)
     f, g, dvalue = f.contiguous(), g.contiguous(), dvalue.contiguous()
-    grads, terms = _gradients(inputs, needs), _terms(inputs, needs)
+    grads, terms = new_gradients(inputs, needs), _terms(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "ratio_a", "ratio_b", "entropy")
     _module(inputs.device).cuda_backward(
         problem,
@@ -265,7 +277,7 @@ def plan_backward(
     """(dx_a, dx_b, dcost, sum_a, sum_b, sum_reg): sums over the plan with given weights; None where not needed."""
     problem, alive = native_problem(inputs)
     f, g, weights = f.contiguous(), g.contiguous(), PlanWeights(*map(contiguous, weights))
-    grads, terms = _gradients(inputs, needs), _terms(inputs, needs)
+    grads, terms = new_gradients(inputs, needs), _terms(inputs, needs)
     names = ("dx_a", "dx_b", "dcost", "sum_a", "sum_b", "sum_reg")
     _module(inputs.device).cuda_plan_backward(
         problem,
@@ -281,23 +293,9 @@ def plan_backward(
     return grads
 
 
-def _gradients(inputs: Inputs, needs: Needs) -> tuple[Tensor | None, ...]:
-    """Memory for what `backward` and `plan_backward` return."""
-    needs_a, needs_b, needs_cost, needs_sums, needs_reg = needs
-    dtype = inputs.primary.dtype
-    return (
-        _new(inputs, inputs.x_a.shape, dtype) if needs_a else None,
-        _new(inputs, inputs.x_b.shape, dtype) if needs_b else None,
-        _new(inputs, inputs.cost.shape, dtype) if needs_cost else None,
-        _new(inputs, inputs.shape_f) if needs_sums else None,
-        _new(inputs, inputs.shape_g) if needs_sums else None,
-        inputs.reg.new_empty(inputs.batch) if needs_reg else None,
-    )
-
-
 def _terms(inputs: Inputs, needs: Needs) -> Tensor | None:
     """Scratch for the rows' terms of the sum for reg."""
-    return _new(inputs, inputs.shape_f) if needs[4] else None
+    return new_rows(inputs, True, inputs.shape_f) if needs[4] else None
 
 
 def implicit(
@@ -319,7 +317,7 @@ def implicit(
     vectors = {"f": f, "g": g, "slope_a": slope_a, "slope_b": slope_b}
     vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
     vectors = {name: contiguous(vector) for name, vector in vectors.items()}
-    p, q = _new(inputs, inputs.shape_f), _new(inputs, inputs.shape_g)
+    p, q = new_rows(inputs, True, inputs.shape_f), new_rows(inputs, False, inputs.shape_g)
     residual = torch.empty_like(alive.reg)
     n_iters = torch.empty(inputs.batch, dtype=torch.int32, device=inputs.device)
     _module(inputs.device).cuda_implicit(
@@ -344,7 +342,7 @@ def apply(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, time
     problem, alive = native_problem(inputs)
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
     shape = inputs.shape_g if transpose else inputs.shape_f
-    out = _new(inputs, (*shape, v.shape[-1]))
+    out = new_rows(inputs, not transpose, (*shape, v.shape[-1]))
     _apply(inputs, problem, f, g, v=v, out=out, channels=v.shape[-1], transpose=transpose, times_cost=times_cost)
     del alive
     return out
@@ -385,9 +383,3 @@ def _apply(
         limits=_limits(inputs.device),
         **_where(inputs),
     )
-
-
-def _new(inputs: Inputs, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory that the kernels fill, padding included; zeros where packed offsets may leave rows to no item."""
-    new = torch.zeros if inputs.packed else torch.empty
-    return new(shape, dtype=inputs.compute_dtype if dtype is None else dtype, device=inputs.device)

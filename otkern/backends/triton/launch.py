@@ -280,6 +280,20 @@ def side_arguments(arguments: dict, side: str) -> dict:
     return result
 
 
+def update_sides(arguments: dict, sizes: tuple[int, int], pitch: int, block_out: int) -> dict[str, dict]:
+    """What an update of each side takes beside the rest: costs stand in rows of `pitch`, a program has `block_out`."""
+    return {
+        side: side_arguments(arguments, side)
+        | {
+            "stride_out": pitch if side == "a" else 1,
+            "stride_in": 1 if side == "a" else pitch,
+            "blocks": max(1, triton.cdiv(size, block_out)),
+            "ROW_SIDE": side == "a",
+        }
+        for side, size in zip("ab", sizes, strict=True)
+    }
+
+
 def round_down(tol: float) -> float:
     """The largest fp32 number that is not above the tolerance: scalars reach a kernel as fp32."""
     rounded = torch.tensor(tol, dtype=torch.float32)

@@ -58,16 +58,7 @@ def _forward_global(inputs: Inputs, arguments: dict, first: int, count: int) -> 
     gap = torch.empty((count, parts), **new)
     arguments |= {"cost_ptr": cost, "gap_ptr": gap, "parts": parts, "stride_item": N * pitch}
     kernel = global_forward.half_update_forward_kernel
-    sides = {
-        side: launch.side_arguments(arguments, side)
-        | {
-            "stride_out": stride_out,
-            "stride_in": stride_in,
-            "blocks": max(1, triton.cdiv(size, block_out)),
-            "ROW_SIDE": side == "a",
-        }
-        for side, size, stride_out, stride_in in (("a", N, pitch, 1), ("b", M, 1, pitch))
-    }
+    sides = launch.update_sides(arguments, (N, M), pitch, block_out)
     shared = launch.select(arguments, kernel) | {
         "init_ptr": arguments["g_init_ptr"],
         "BLOCK_OUT": block_out,

@@ -84,16 +84,7 @@ def _solve_group(inputs: Inputs, arguments: dict, count: int, factor: float) -> 
         "BLOCK_IN": block_in,
         **options(warps),
     }
-    sides = {
-        side: launch.side_arguments(arguments, side)
-        | {
-            "blocks": max(1, triton.cdiv(size, block_out)),
-            "stride_out": pitch if side == "a" else 1,
-            "stride_in": 1 if side == "a" else pitch,
-            "ROW_SIDE": side == "a",
-        }
-        for side, size in (("a", N), ("b", M))
-    }
+    sides = launch.update_sides(arguments, (N, M), pitch, block_out)
     sides = {side: select(values, kernel) for side, values in sides.items()}
     reg, max_iter = arguments["reg_ptr"], arguments["max_iter"]
     eps = last_eps = torch.maximum(reg, arguments["eps_start_ptr"])

@@ -65,15 +65,15 @@ def annealed(
         for entry, lower in launch.classes(entries, largest):
             launch.launch_onchip(onchip_annealed.onchip_annealed_kernel, inputs, arguments, entry, lower)
         if largest > limit:
-            most = launch.SCRATCH_ELEMENTS // (inputs.max_a * inputs.max_b)
+            most, longest = launch.SCRATCH_ELEMENTS // (inputs.max_a * inputs.max_b), longest_ladder(n_steps)
             for start, stop in ((0, inputs.n_pairs), (inputs.n_pairs, inputs.batch)):
                 for first, (count,) in launch.grids(stop, 1, most, start):
                     group = arguments | {"ONCHIP": limit, "first_item": first}
-                    _annealed_global(inputs, group, count, start == inputs.n_pairs)
+                    _annealed_global(inputs, group, count, longest, start == inputs.n_pairs)
     return tuple(results.values())
 
 
-def _annealed_global(inputs: Inputs, arguments: dict, count: int, same: bool) -> None:
+def _annealed_global(inputs: Inputs, arguments: dict, count: int, longest: int, same: bool) -> None:
     N, M, dtype, device = inputs.max_a, inputs.max_b, inputs.compute_dtype, inputs.device
     update, _ = _updates(inputs, arguments, count)
     f = _buffers(2, (count, N), dtype, device)
@@ -81,7 +81,6 @@ def _annealed_global(inputs: Inputs, arguments: dict, count: int, same: bool) ->
     f[0].zero_()
     g[0].zero_()
     start, steps, reg = arguments["eps_start_ptr"], arguments["n_steps_ptr"], arguments["reg_ptr"]
-    longest = longest_ladder(steps)
     flags = {"STOPPING": False, "SAME": same, "last_eps_ptr": reg}
     for k in range(longest + 4):
         on_the_way = start * arguments["eps_factor_ptr"] ** max(k - 2, 0)
@@ -112,17 +111,14 @@ def _updates(inputs: Inputs, arguments: dict, count: int):
     unused |= {"error_ptr": arguments["reg_ptr"], "iters_ptr": arguments["sizes_a_ptr"]}
     arguments = unused | {"floor_ptr": torch.full((1,), -float("inf"), dtype=dtype, device=device)} | arguments | gap
     arguments |= {"cost_ptr": cost, "stride_item": N * pitch}
-    sides = {}
-    for index, (side, size, stride_out, stride_in) in enumerate((("a", N, pitch, 1), ("b", M, 1, pitch))):
-        own = launch.side_arguments(arguments, side)
+    arguments |= {"BLOCK_OUT": block_out, "BLOCK_IN": block_in}
+    sides = launch.update_sides(arguments, (N, M), pitch, block_out)
+    for index, own in enumerate(sides.values()):
         own |= {f"final_{name}_ptr": arguments[pair[index]] for name, pair in finals.items()}
         own |= {f"other_{name}_ptr": arguments[pair[1 - index]] for name, pair in finals.items()}
-        own |= {"stride_out": stride_out, "stride_in": stride_in, "ROW_SIDE": side == "a"}
-        own |= {"blocks": max(1, triton.cdiv(size, block_out)), "BLOCK_OUT": block_out, "BLOCK_IN": block_in}
-        sides[side] = arguments | own
 
     def update(side: str, k: int, **others) -> None:
-        given = select(sides[side] | others | {"k": k}, kernel)
+        given = select(arguments | sides[side] | others | {"k": k}, kernel)
         kernel[(count * sides[side]["blocks"],)](**({"tol": -1.0} | given), **options(warps))
 
     return update, gap
