@@ -59,11 +59,8 @@ class Adjoint {
         team.join();
         at.points_x.point_at(p, p.x_a, item.offset_a);
         at.points_y.point_at(p, p.x_b, item.offset_b);
-        const int slice = int(ceil_div(item.n, team.size)), columns_slice = int(ceil_div(item.m, team.size));
-        first_row = team.rank * slice;
-        rows = maximum(0, minimum(slice, item.n - first_row));
-        first_column = team.rank * columns_slice;
-        columns = maximum(0, minimum(columns_slice, item.m - first_column));
+        team.slice(item.n, first_row, rows);
+        team.slice(item.m, first_column, columns);
     }
 
     OTKERN_DEVICE void run();

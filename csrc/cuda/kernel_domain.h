@@ -26,7 +26,7 @@ constexpr int kGroup = 4;
 // small difference of large numbers: there an iteration in the log domain comes first.
 template <class T>
 OTKERN_DEVICE bool Sinkhorn<T>::enter_kernel() {
-    if (!absorbs || eps != item.reg || side_a.is_penalty() || side_b.is_penalty()) return false;
+    if (!absorbs || item.same || eps != item.reg || side_a.is_penalty() || side_b.is_penalty()) return false;
     start_rows();
     return build_kernel();
 }

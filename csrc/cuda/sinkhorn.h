@@ -73,10 +73,8 @@ class Sinkhorn {
         team.join();
         at.x.point_at(p, p.x_a, item.offset_a);
         at.y.point_at(p, p.x_b, item.offset_b);
-        first_row = team.rank * int(ceil_div(item.n, team.size));
-        rows = maximum(0, minimum(int(ceil_div(item.n, team.size)), item.n - first_row));
-        first_column = team.rank * int(ceil_div(item.m, team.size));
-        columns = maximum(0, minimum(int(ceil_div(item.m, team.size)), item.m - first_column));
+        team.slice(item.n, first_row, rows);
+        team.slice(item.m, first_column, columns);
         absorbs = !arguments.log_domain_only && side_a.can_be_scaled(item.reg) && side_b.can_be_scaled(item.reg);
         relaxed = !side_a.is_constraint() || !side_b.is_constraint();
         partial = p.kind == Kind::partial;
@@ -282,7 +280,7 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
         team.sync_all();
     }
     set_eps(first_eps());
-    bool in_kernel = !item.same && enter_kernel();
+    bool in_kernel = enter_kernel();
     bool at_reg = false;                  // the last iteration was done at reg
     int64_t passes = 0;                   // counted passes since K was built
     int64_t log_run = 1, left = log_run;  // log-domain iterations to do before the next attempt
@@ -310,7 +308,7 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
         at_reg = eps == item.reg;
         if (!at_reg) {
             set_eps(iterations + 1 == call.max_iter ? item.reg : maximum(item.reg, eps * T(call.eps_factor)));
-            in_kernel = !item.same && enter_kernel();
+            in_kernel = enter_kernel();
         } else if (in_kernel) {
             if (!item.same) {
                 exchange(at.row_sums, at.counted_sums);

@@ -53,11 +53,8 @@ class Annealing {
         team.join();
         at.x.point_at(p, p.x_a, item.offset_a);
         at.y.point_at(p, p.x_b, item.offset_b);
-        const int slice = int(ceil_div(item.n, team.size)), columns_slice = int(ceil_div(item.m, team.size));
-        first_row = team.rank * slice;
-        rows = maximum(0, minimum(slice, item.n - first_row));
-        first_column = team.rank * columns_slice;
-        columns = maximum(0, minimum(columns_slice, item.m - first_column));
+        team.slice(item.n, first_row, rows);
+        team.slice(item.m, first_column, columns);
         if (p.kind == Kind::unbalanced) {
             rho_a = item.relaxation(p, 0);
             rho_b = item.relaxation(p, 1);

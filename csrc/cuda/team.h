@@ -43,6 +43,13 @@ class Team {
         carver.take(block_notes, 2 * kMostCluster * kMostNotes);
     }
 
+    // The block's share of `total` rows or columns: all blocks but the last have the same number.
+    OTKERN_DEVICE void slice(int total, int &first, int &count) const {
+        const int each = int(ceil_div(total, size));
+        first = rank * each;
+        count = maximum(0, minimum(each, total - first));
+    }
+
     OTKERN_DEVICE void sync() const { sync_block(); }
     OTKERN_DEVICE void sync_all() const {
         if (size > 1)
