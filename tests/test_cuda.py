@@ -29,7 +29,13 @@ def make(kind, metric, dtype, sizes=SIZES, **options):
     return inputs._replace(kind=kind, relaxation=relaxation)
 
 
-ORDERS = ({"backward": True}, {"ahead": True}, {"backward": True, "ahead": True})
+ORDERS = (
+    {"backward": True},
+    {"ahead": True},
+    {"backward": True, "ahead": True},
+    {"pieces": True},
+    {"pieces": True, "backward": True, "ahead": True},
+)
 
 
 @pytest.fixture
@@ -265,18 +271,71 @@ def test_batch_mates_change_no_bit_of_the_loop_of_geomloss(limits):
             assert torch.equal(got[0], out[item, :size]) and not out[item, size:].any()
 
 
-@needs_executor
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("d", [1, 16, 45])
-def test_the_matrix_units_form_the_cost_of_fp32(dtype, metric, d):
-    inputs = make("balanced", metric, dtype, d=d)
-    # Rows whose squares leave the range of fp32, and would leave it in 16 bits.
+def extreme(inputs):
+    """The same with rows whose squares leave the range of fp32, and would leave it in 16 bits."""
     inputs.x_a[2, 3] *= 2.0**-14
+    inputs.x_b[1, 30] *= 2.0**-13
+    return inputs
+
+
+@needs_executor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("d", [1, 16, 45, 200])
+def test_the_matrix_units_form_the_cost_of_fp32(dtype, metric, d):
+    inputs = extreme(make("balanced", metric, dtype, d=d))
     found = cuda.forward(inputs, None, 12, -1.0)
-    widened = cuda.forward(inputs.widened(), None, 12, -1.0)
-    for x, y in zip(found[:3], widened[:3], strict=True):
-        torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)
+    exact = reference.forward(Inputs(*map(double, inputs)), None, 12, -1.0)
+    for x, y in zip(found[:3], exact[:3], strict=True):
+        torch.testing.assert_close(x, y.float(), rtol=2e-6, atol=2e-6)
+
+
+@needs_executor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("d", [1, 16, 45, 200])
+def test_the_matrix_units_make_gradients_of_no_more_than_rounding(dtype, metric, d):
+    inputs = extreme(make("balanced", metric, dtype, d=d))
+    _, f, g, *_ = reference.forward(inputs.widened(), None, 12, -1.0)
+    # Weights of a plan and of a loss that is scaled down are far below what 16 bits can hold.
+    dvalue = 2.0 ** torch.linspace(-14, 3, inputs.batch).round()
+    needs = (True, True, False, False, False)
+    found = cuda.backward(inputs, f, g, dvalue, needs)[:2]
+    wide = Inputs(*map(double, inputs))
+    exact = reference.backward(wide, f.double(), g.double(), dvalue.double(), needs)[:2]
+    plan = reference.plan(wide, f.double(), g.double()) * dvalue.double().abs().view(-1, 1, 1)
+    # What is rounded: the gradient to its dtype, and sums of weighted points, of which little may be left, to fp32.
+    ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
+    least = 2.0**-24 if dtype == torch.float16 else 0.0
+    for got, want, weights, x, y in (
+        (found[0], exact[0], plan, wide.x_a, wide.x_b),
+        (found[1], exact[1], plan.mT, wide.x_b, wide.x_a),
+    ):
+        lengths = [z.nan_to_num(0).norm(dim=-1, keepdim=True) for z in (x, y)]  # NaN is the padding
+        size = weights @ lengths[1] if metric == "dot" else weights.sum(-1, keepdim=True) / lengths[0].clamp(min=1e-30)
+        assert ((got.double() - want).abs() <= ulp * want.abs() + 4e-6 * size + least).all()
+
+
+@needs_executor
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_where_points_lie_changes_no_bit(executor, dtype, metric):
+    # Copied by the engine, in pieces, element by element for the last features, and for all of them.
+    inputs = make("balanced", metric, dtype, d=48)
+    expected = everything(inputs)
+    executor.set_order(pieces=True)
+    assert same(everything(inputs), expected)
+    executor.set_order()
+    wide = torch.full((*inputs.x_a.shape[:2], 51), math.nan, dtype=dtype)
+    wide[..., 1:49] = inputs.x_a
+    columns = inputs.x_b.transpose(1, 2).contiguous().transpose(1, 2)
+    assert same(everything(inputs._replace(x_a=wide[..., 1:49])), expected)
+    assert same(everything(inputs._replace(x_b=columns)), expected)
+    # An odd number of features, of which the last ones are zeros.
+    padded = torch.cat([inputs.x_a, torch.zeros_like(inputs.x_a[..., :16])], -1)[..., :53]
+    other = torch.cat([inputs.x_b, torch.zeros_like(inputs.x_b[..., :16])], -1)[..., :53]
+    for got, want in zip(everything(inputs._replace(x_a=padded, x_b=other)), expected, strict=True):
+        assert torch.equal(got[..., : want.shape[-1]].nan_to_num(7), want.nan_to_num(7))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the executor has no streams")
@@ -354,7 +413,8 @@ def test_rows_of_a_tile_change_no_bit(limits):
     from otkern import _cuda_host
 
     rows = [
-        _cuda_host.cuda_plan_rows(allowed, False, inputs.max_b, True)[0] for allowed in ((227 << 10, 1), (14 << 10, 1))
+        _cuda_host.cuda_plan_rows(allowed, False, 1000, inputs.max_b, inputs.batch, True)[0]
+        for allowed in ((227 << 10, 1), (14 << 10, 1))
     ]
     assert rows == [32, 8] or rows == [32, 16]
     assert same(*found)

@@ -104,6 +104,6 @@ def test_nine_hundred_points_a_side_fit_into_a_cluster(side, directions):
 
 def test_rows_of_the_plan_fit_wherever_the_forward_does():
     for limits, _, wide, n, m, directions in draws():
-        rows, used = native().cuda_plan_rows(limits, wide, m, directions)
-        assert rows in (0, 1, 2, 4, 8, 16, 32) and used <= limits[0]
+        rows, used = native().cuda_plan_rows(limits, wide, n, m, 300, directions)
+        assert rows in (0, 1, 2, 4, 8, 16, 32, 64, 128) and used <= limits[0]
         assert rows > 0 or not any(fits(limits, "forward", wide, n, m, directions))

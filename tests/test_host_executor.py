@@ -58,9 +58,23 @@ def test_unset_shared_memory_is_nan(ordered):
     assert probe(ordered, "unset").isnan().all()
 
 
+def test_copies_arrive_when_they_are_waited_for(ordered):
+    assert (probe(ordered, "copy") == 1 + torch.arange(THREADS)).all()
+    thread = torch.arange(THREADS) % (THREADS // 2)
+    assert (probe(ordered, "bulk") == (1 + thread) + (1 + THREADS // 2 + thread)).all()
+
+
+def test_who_does_not_wait_for_a_copy_reads_nan(ordered):
+    assert probe(ordered, "hasty").isnan().all()
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("unawaited", "ends before its copies have arrived"),
+        ("misaligned", "no multiples of 16"),
+        ("left_barrier", "leaves a barrier of copies"),
+        ("short_copy", "hangs"),
         ("divergent", "hangs"),
         ("early_end", "never reaches|hangs"),
         ("overrun", "wrote beyond its 512 bytes of shared memory"),

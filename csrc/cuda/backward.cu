@@ -47,8 +47,10 @@ OTKERN_DEVICE void write_gradients(const PlanTile<T> &tile, T dvalue) {
         }
         store_element(arguments.dx, p.dtype, (first + i) * p.features + k, gradient);
     };
-    if (p.metric == Metric::euclidean || p.metric == Metric::sqeuclidean)
+    if (is_of_differences(p.metric))
         weighted_sums<T, true>(tile, tile.at.y, features, write);
+    else if constexpr (sizeof(T) == 4)
+        matrix_sums(tile, tile.at.y, features, write);
     else
         weighted_sums<T, false>(tile, tile.at.y, features, write);
 }

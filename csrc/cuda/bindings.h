@@ -201,12 +201,13 @@ inline void bind(py::module_ &module) {
                py::arg("limits"), py::arg("stream"), py::arg("device"));
     module.def(
         "cuda_plan_rows",
-        [](const GivenLimits &limits, bool wide, int64_t m, bool directions) {
-            const int rows = plan_rows(limits_of(limits), wide, m, directions);
+        [](const GivenLimits &limits, bool wide, int64_t n, int64_t m, int64_t batch, bool directions) {
+            const int rows = plan_rows(limits_of(limits), wide, n, m, batch, directions);
             return std::make_pair(rows, rows ? plan_bytes(wide, rows, m, directions) : 0);
         },
-        py::arg("limits"), py::arg("wide"), py::arg("m"), py::arg("directions"),
-        "Rows of the plan of m columns that a block makes at once, 0 where none fit, and the bytes they take.");
+        py::arg("limits"), py::arg("wide"), py::arg("n"), py::arg("m"), py::arg("batch"), py::arg("directions"),
+        "Rows of the plan of n x m of each item that a block makes at once, 0 where none fit, and the bytes they "
+        "take.");
     module.def(
         "cuda_classes",
         [](const std::string &kernel, const GivenLimits &limits) {

@@ -6,12 +6,20 @@
 //   OTKERN_KERNEL         before a kernel of at most kThreads threads a block
 //   OTKERN_ARGUMENT       before its argument, which stays in constant memory
 //   OTKERN_UNROLL         before a loop whose body indexes registers
+//   OTKERN_ROLLED         before one that would take too many registers if several of its turns were under way
+//   recomputed(x)         x; what follows from it is not kept in registers from before, but worked out again
 //   thread_rank(), block_threads(), block_index()   of the block; thread and warp sizes are whole warps
 //   block_rank(), cluster_blocks()                  of the block in its cluster
 //   sync_block(), sync_cluster()   every thread of the block, of the cluster
 //   shuffle_xor(x, mask)           the value of lane ^ mask; every lane of the warp
+//   load_matrices(row, transposed, x)  four 8 x 8 blocks of 16 bits, of which each lane names a row; by the warp
 //   multiply_matrices(bf16, a, b, c)   c += a b of 16 x 16 and 16 x 8 numbers of 16 bits, spread over a warp
-//   shared_memory()                the block's dynamic shared memory
+//   multiply_matrices_tf32(a, b, c)    the same of 16 x 8 and 8 x 8 numbers of `to_tf32`
+//   shared_memory(), shared_bytes()    the block's dynamic shared memory
+//   start_copy, commit_copies, wait_for_copies      into shared memory, in pieces of 16 bytes, while the thread goes on
+//   has_bulk_copies()              whether there are those, too, of whole rows: start_bulk_copy, and the barriers of
+//                                  shared memory that tell of their end: start_barrier .. end_barrier
+//   publish_stores()               what threads have stored comes before bulk copies that start after a barrier
 //   map_shared(p, rank)            the address, in block `rank` of the cluster, of the shared `p`
 //   device_limits(device, kernel)  what the device allows a kernel in clusters
 //   launch(...)                    a grid on a stream; throws std::runtime_error that names the kernel
@@ -86,13 +94,25 @@ OTKERN_DEVICE float from_bits(uint32_t bits) {
     memcpy(&x, &bits, 4);
     return x;
 }
+OTKERN_DEVICE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
 
 // To bfloat16, the nearest, ties to even.
 OTKERN_DEVICE uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
+    const uint32_t bits = bits_of(x);
     if (x != x) return 0x7fff;
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+OTKERN_BOTH constexpr int element_bytes(Dtype dtype) {
+    return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+// Of 16 bits.
+OTKERN_DEVICE float widened(Dtype dtype, uint16_t bits) {
+    return dtype == Dtype::bf16 ? from_bits(uint32_t(bits) << 16) : half_to_float(bits);
 }
 
 // Element `offset` of a tensor, in the dtype of the arithmetic: double for f64 and float for the others.
@@ -100,8 +120,7 @@ template <class T>
 OTKERN_DEVICE T load_element(const void *data, Dtype dtype, int64_t offset) {
     if (sizeof(T) == 8) return T(static_cast<const double *>(data)[offset]);
     if (dtype == Dtype::f32) return T(static_cast<const float *>(data)[offset]);
-    const uint16_t bits = static_cast<const uint16_t *>(data)[offset];
-    return T(dtype == Dtype::bf16 ? from_bits(uint32_t(bits) << 16) : half_to_float(bits));
+    return T(widened(dtype, static_cast<const uint16_t *>(data)[offset]));
 }
 
 template <class T>

@@ -12,6 +12,7 @@
 #define OTKERN_KERNEL __global__ void __launch_bounds__(otkern::cuda::kThreads, 1)
 #define OTKERN_ARGUMENT const __grid_constant__
 #define OTKERN_UNROLL _Pragma("unroll")
+#define OTKERN_ROLLED _Pragma("unroll 1")
 
 namespace otkern {
 namespace cuda {
@@ -67,9 +68,23 @@ OTKERN_DEVICE P *map_shared(P *pointer, int rank) {
 #endif
 }
 
+OTKERN_DEVICE int recomputed(int x) {
+    int same;
+    asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
+    return same;
+}
 OTKERN_DEVICE char *shared_memory() {
     extern __shared__ __align__(16) char memory[];
     return memory;
+}
+OTKERN_DEVICE int shared_bytes() {
+    uint32_t bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    return int(bytes);
+}
+// Within the block's shared memory, as instructions take it.
+OTKERN_DEVICE uint32_t shared_address(const void *pointer) {
+    return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
 template <class T>
@@ -77,20 +92,111 @@ OTKERN_DEVICE T shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
+OTKERN_DEVICE void load_matrices(const void *row, bool transposed, uint32_t (&x)[4]) {
+    if (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(shared_address(row))
+                     : "memory");
+}
+
 OTKERN_DEVICE void multiply_matrices(bool bf16, const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
     if (bf16)
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     else
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+OTKERN_DEVICE void multiply_matrices_tf32(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The nearest number of 11 bits, in the bits of an fp32.
+OTKERN_DEVICE uint32_t to_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+}
+
+// ---- copies from global into shared memory, between addresses that are multiples of 16 -----------------------------
+
+OTKERN_DEVICE void start_copy(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
+OTKERN_DEVICE void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// For those of this thread, but not for its last `pending` commits, at most two.
+OTKERN_DEVICE void wait_for_copies(int pending) {
+    if (pending == 0)
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+    else if (pending == 1)
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else
+        asm volatile("cp.async.wait_group 2;" ::: "memory");
+}
+
+// From compute capability 9 on; before it nobody may call what follows.
+#if __CUDA_ARCH__ >= 900
+OTKERN_DEVICE constexpr bool has_bulk_copies() {
+    return true;
+}
+// A barrier of one arrival, that of the thread which says how many bytes will come.
+OTKERN_DEVICE void start_barrier(uint64_t *barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+OTKERN_DEVICE void end_barrier(uint64_t *barrier) {
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+OTKERN_DEVICE void expect_bytes(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+OTKERN_DEVICE void start_bulk_copy(void *to, const void *from, int bytes, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+// For the end of a phase; they are 0 and 1 in turn.
+OTKERN_DEVICE void wait_for_bytes(uint64_t *barrier, int phase) {
+    uint32_t done = 0;
+    while (done == 0)
+        asm volatile(
+            "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, done;\n}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(phase)
+            : "memory");
+}
+OTKERN_DEVICE void publish_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#else
+OTKERN_DEVICE constexpr bool has_bulk_copies() {
+    return false;
+}
+OTKERN_DEVICE void start_barrier(uint64_t *) {}
+OTKERN_DEVICE void end_barrier(uint64_t *) {}
+OTKERN_DEVICE void expect_bytes(uint64_t *, int) {}
+OTKERN_DEVICE void start_bulk_copy(void *, const void *, int, uint64_t *) {}
+OTKERN_DEVICE void wait_for_bytes(uint64_t *, int) {}
+OTKERN_DEVICE void publish_stores() {}
+#endif
 
 OTKERN_DEVICE float half_to_float(uint16_t bits) {
     float x;

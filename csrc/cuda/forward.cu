@@ -129,7 +129,9 @@ OTKERN_KERNEL sinkhorn_forward_kernel(OTKERN_ARGUMENT ForwardArguments arguments
     }
     Sinkhorn<T> solver(arguments, item, carver);
     solver.run();
-    write_results(call, item, solver);
+    // Where the item's results go is no matter until here: registers.
+    const int place = recomputed(int(block_index() / arguments.size.cluster));
+    write_results(call, Item<T>(call.problem, arguments.first_item + place, call.problem.kind == Kind::null), solver);
 }
 
 }  // namespace
@@ -151,7 +153,8 @@ void forward(const ForwardCall &call, bool exact_sizes, bool log_domain_only, co
     arguments.call = call;
     arguments.log_domain_only = log_domain_only;
     launch_classes(
-        "sinkhorn_forward_kernel", arguments, forward_classes(limits), p.max_a + null, p.max_b + null, exact_sizes,
+        "sinkhorn_forward_kernel", arguments, forward_classes(limits), limits, p.max_a + null, p.max_b + null,
+        exact_sizes,
         [&](const SizeClass &size, int64_t n, int64_t m) { return forward_bytes(wide, size, n, m, directions); },
         [&](const ForwardArguments &part, const Grid &grid) {
             if (wide)

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -107,6 +108,14 @@ class Executor {
     void exchange(const void *mine, size_t size, void *all);
     char *map_address(char *pointer, int rank);
     void end_thread();
+    void start_copy(void *to, const void *from);
+    void commit_copies();
+    void wait_for_copies(int pending);
+    void start_barrier(const uint64_t *barrier);
+    void end_barrier(const uint64_t *barrier);
+    void expect_bytes(const uint64_t *barrier, int bytes);
+    void start_bulk_copy(void *to, const void *from, int bytes, const uint64_t *barrier);
+    void wait_for_bytes(const uint64_t *barrier, int phase);
     [[noreturn]] void fail(const std::string &what);
 
     void (*function)(const void *) = nullptr;
@@ -114,6 +123,27 @@ class Executor {
     Order order;
 
   private:
+    struct Copy {
+        char *to;
+        const char *from;
+        size_t bytes;
+    };
+    struct Barrier {
+        int phase = 0;
+        bool arrived = false;
+        int64_t expected = 0, started = 0;  // bytes
+        std::vector<Copy> copies;
+        std::vector<Fiber *> waiting;
+    };
+    typedef std::vector<Copy> Copies;
+
+    Copy copy_of(void *to, const void *from, int bytes);
+    Barrier &barrier_of(const uint64_t *barrier);
+    void end_phase(Barrier &barrier);
+    static void run_copies(Copies &copies) {
+        for (const Copy &copy : copies) memcpy(copy.to, copy.from, copy.bytes);
+        copies.clear();
+    }
     void reserve(const Grid &grid);
     void start_cluster(int64_t first_block, const Grid &grid);
     void check_cluster(const Grid &grid);
@@ -142,7 +172,9 @@ class Executor {
     std::vector<int> at_barrier, at_exchange;  // of each block, of each warp
     std::vector<double> lanes;                 // two sets a warp: a fast lane may be one exchange ahead of a slow one
     int at_cluster = 0, ended = 0, threads = 0;
-    std::vector<int> ended_in;  // of each block
+    std::vector<int> ended_in;                // of each block
+    std::vector<std::vector<Copies>> pieces;  // of each fiber: its commits, oldest first, and what is not committed
+    std::map<const uint64_t *, Barrier> barriers;
     char *stacks = nullptr;
     size_t room = 0;
     std::vector<char> shared;
@@ -191,6 +223,8 @@ void Executor::start_cluster(int64_t first_block, const Grid &grid) {
     at_exchange.assign(size_t(grid.cluster) * (threads / kWarp), 0);
     lanes.resize(at_exchange.size() * 2 * kWarp);
     at_cluster = ended = front = back = 0;
+    pieces.assign(fibers.size(), std::vector<Copies>(1));
+    barriers.clear();
     for (int block = 0; block < grid.cluster; ++block) {
         char *memory = base + block * shared_stride;
         memset(memory, kUnset, shared_bytes);
@@ -199,7 +233,8 @@ void Executor::start_cluster(int64_t first_block, const Grid &grid) {
             const size_t index = size_t(block) * threads + thread;
             void **frame = reinterpret_cast<void **>(stacks + (index + 1) * kStack) - kFrame;
             frame[kEntrySlot] = reinterpret_cast<void *>(&fiber_main);
-            fibers[index] = {thread, threads, block, grid.cluster, first_block + block, memory, frame, 0, false};
+            fibers[index] = {thread, threads, block, grid.cluster, first_block + block, memory, int(shared_bytes),
+                             frame,  0,       false};
         }
     }
     release(0, int(fibers.size()));
@@ -261,7 +296,84 @@ char *Executor::map_address(char *pointer, int rank) {
     return pointer + (rank - current->block) * int64_t(shared_stride);
 }
 
+Executor::Copy Executor::copy_of(void *to, const void *from, int bytes) {
+    char *const start = static_cast<char *>(to);
+    if (start < current->shared || start + bytes > current->shared + shared_bytes)
+        fail("a copy to where the block has no shared memory");
+    if (bytes % 16 != 0 || (start - current->shared) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+        fail("a copy whose size or addresses are no multiples of 16");
+    return {start, static_cast<const char *>(from), size_t(bytes)};
+}
+
+void Executor::start_copy(void *to, const void *from) {
+    pieces[current - fibers.data()].back().push_back(copy_of(to, from, 16));
+}
+
+void Executor::commit_copies() {
+    pieces[current - fibers.data()].emplace_back();
+}
+
+void Executor::wait_for_copies(int pending) {
+    std::vector<Copies> &mine = pieces[current - fibers.data()];
+    const int done = int(mine.size()) - 1 - pending;
+    for (int k = 0; k < done; ++k) run_copies(mine[k]);
+    if (done > 0) mine.erase(mine.begin(), mine.begin() + done);
+}
+
+void Executor::start_barrier(const uint64_t *barrier) {
+    if (barriers.count(barrier)) fail("a barrier of copies is started where there is one");
+    barriers[barrier] = Barrier();
+}
+
+Executor::Barrier &Executor::barrier_of(const uint64_t *barrier) {
+    const auto found = barriers.find(barrier);
+    if (found == barriers.end()) fail("a barrier of copies that was not started");
+    return found->second;
+}
+
+void Executor::end_barrier(const uint64_t *barrier) {
+    const Barrier &ending = barrier_of(barrier);
+    if (ending.arrived || ending.started != 0 || !ending.copies.empty() || !ending.waiting.empty())
+        fail("a barrier of copies ends before they have arrived");
+    barriers.erase(barrier);
+}
+
+// The copies arrive with the first thread that waits for them.
+void Executor::end_phase(Barrier &barrier) {
+    if (!barrier.arrived || barrier.started != barrier.expected) return;
+    barrier.arrived = false;
+    barrier.started = barrier.expected = 0;
+    barrier.phase ^= 1;
+    for (Fiber *fiber : barrier.waiting) push(fiber);
+    barrier.waiting.clear();
+}
+
+void Executor::expect_bytes(const uint64_t *barrier, int bytes) {
+    Barrier &mine = barrier_of(barrier);
+    if (mine.arrived) fail("a second arrival in one phase of a barrier of copies");
+    mine.arrived = true;
+    mine.expected = bytes;
+    end_phase(mine);
+}
+
+void Executor::start_bulk_copy(void *to, const void *from, int bytes, const uint64_t *barrier) {
+    Barrier &mine = barrier_of(barrier);
+    mine.copies.push_back(copy_of(to, from, bytes));
+    mine.started += bytes;
+    end_phase(mine);
+}
+
+void Executor::wait_for_bytes(const uint64_t *barrier, int phase) {
+    while (barrier_of(barrier).phase == phase) {
+        barrier_of(barrier).waiting.push_back(current);
+        next();
+    }
+    run_copies(barrier_of(barrier).copies);
+}
+
 void Executor::end_thread() {
+    for (const Copies &copies : pieces[current - fibers.data()])
+        if (!copies.empty()) fail("it ends before its copies have arrived");
     current->ended = true;
     ++ended;
     ++ended_in[current->block];
@@ -279,6 +391,7 @@ void Executor::check_cluster(const Grid &grid) {
                                  std::to_string(waiting->block_index) + " waits for threads that wait elsewhere or" +
                                  " have ended");
     }
+    if (!barriers.empty()) throw std::runtime_error(kernel + " leaves a barrier of copies in shared memory");
     for (int block = 0; block < grid.cluster; ++block) {
         const char *end = fibers[size_t(block) * threads].shared + shared_bytes;
         for (size_t k = 0; k < kWatched; ++k)
@@ -320,6 +433,33 @@ void exchange_in_warp(const void *mine, size_t size, void *all) {
 }
 char *map_address(char *pointer, int rank) {
     return executor.map_address(pointer, rank);
+}
+bool has_bulk_copies() {
+    return !executor.order.pieces;
+}
+void start_copy(void *to, const void *from) {
+    executor.start_copy(to, from);
+}
+void commit_copies() {
+    executor.commit_copies();
+}
+void wait_for_copies(int pending) {
+    executor.wait_for_copies(pending);
+}
+void start_barrier(uint64_t *barrier) {
+    executor.start_barrier(barrier);
+}
+void end_barrier(uint64_t *barrier) {
+    executor.end_barrier(barrier);
+}
+void expect_bytes(uint64_t *barrier, int bytes) {
+    executor.expect_bytes(barrier, bytes);
+}
+void start_bulk_copy(void *to, const void *from, int bytes, uint64_t *barrier) {
+    executor.start_bulk_copy(to, from, bytes, barrier);
+}
+void wait_for_bytes(uint64_t *barrier, int phase) {
+    executor.wait_for_bytes(barrier, phase);
 }
 void set_order(const Order &order) {
     executor.order = order;

@@ -5,7 +5,8 @@
 // `set_order` gives others: a result that depends on it tells of a missing barrier. What else shows here:
 //   * shared memory is filled with NaN before each block, and its end is watched;
 //   * threads that wait where others never come, or end while others wait, are an error that names the kernel;
-//   * so is an address mapped into a block that has ended, or that is not of shared memory.
+//   * so is an address mapped into a block that has ended, or that is not of shared memory;
+//   * copies that run by themselves arrive when a thread waits for them and not before: who forgets to wait reads NaN.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,7 @@ struct Fiber {
     int block, blocks;    // of the cluster
     int64_t block_index;  // of the grid
     char *shared;
+    int shared_bytes;
     // The executor's own.
     void *stack_pointer;
     int exchanges;
@@ -38,13 +40,25 @@ void wait_for_cluster();
 void exchange_in_warp(const void *mine, size_t size, void *all);
 char *map_address(char *pointer, int rank);
 
+// As in device.h.
+bool has_bulk_copies();
+void start_copy(void *to, const void *from);
+void commit_copies();
+void wait_for_copies(int pending);
+void start_barrier(uint64_t *barrier);
+void end_barrier(uint64_t *barrier);
+void expect_bytes(uint64_t *barrier, int bytes);
+void start_bulk_copy(void *to, const void *from, int bytes, uint64_t *barrier);
+void wait_for_bytes(uint64_t *barrier, int phase);
+
 // Throws std::runtime_error.
 void run_grid(const char *name, const Grid &grid, void (*run)(const void *), const void *self);
 
 // Which of the threads that can go on does: those released together from the first or from the last one on, and the
-// groups in turn, or the latest group first, so that one block runs ahead of the others as far as barriers let it.
+// groups in turn, or the latest group first, so that one block runs ahead of the others as far as barriers let it. With
+// `pieces` there are no bulk copies, as before compute capability 9.
 struct Order {
-    bool backward = false, ahead = false;
+    bool backward = false, ahead = false, pieces = false;
 };
 void set_order(const Order &order);
 

@@ -10,9 +10,10 @@ PYBIND11_MODULE(_cuda_host, module) {
     pybind11::module_::import("otkern._native");
     otkern::cuda::bindings::bind(module);
     module.def(
-        "set_order", [](bool backward, bool ahead) { host::set_order({backward, ahead}); },
-        pybind11::arg("backward") = false, pybind11::arg("ahead") = false,
-        "The order in which waiting threads go on; results must not depend on it.");
+        "set_order", [](bool backward, bool ahead, bool pieces) { host::set_order({backward, ahead, pieces}); },
+        pybind11::arg("backward") = false, pybind11::arg("ahead") = false, pybind11::arg("pieces") = false,
+        "The order in which waiting threads go on, and whether copies are made in pieces of 16 bytes only; results "
+        "must not depend on it.");
     module.def("probe", &otkern::cuda::host::probe, pybind11::arg("name"),
                "Runs a small kernel that shows one property of the executor, and returns what it wrote.");
 }

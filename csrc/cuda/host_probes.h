@@ -75,6 +75,83 @@ inline OTKERN_KERNEL ended_block_probe_kernel(OTKERN_ARGUMENT ProbeArguments arg
     *slot_of(arguments) = *map_shared(reinterpret_cast<double *>(shared_memory()), 1);
 }
 
+// What copies bring: 1, 2, 3, ..
+struct alignas(16) CopySource {
+    double x[kProbeThreads];
+    CopySource() {
+        for (int k = 0; k < kProbeThreads; ++k) x[k] = k + 1;
+    }
+};
+inline const double *copy_source() {
+    static const CopySource source;
+    return source.x;
+}
+
+// The first half of the threads copies two numbers each.
+OTKERN_DEVICE void start_probe_copies(double *shared, int shift) {
+    if (2 * thread_rank() < kProbeThreads)
+        start_copy(shared + 2 * thread_rank() + shift, copy_source() + 2 * thread_rank());
+    commit_copies();
+}
+inline OTKERN_KERNEL copy_probe_kernel(OTKERN_ARGUMENT ProbeArguments arguments) {
+    double *shared = reinterpret_cast<double *>(shared_memory());
+    start_probe_copies(shared, 0);
+    wait_for_copies(0);
+    sync_block();
+    *slot_of(arguments) = shared[thread_rank()];
+}
+// The same without waiting.
+inline OTKERN_KERNEL hasty_probe_kernel(OTKERN_ARGUMENT ProbeArguments arguments) {
+    double *shared = reinterpret_cast<double *>(shared_memory());
+    start_probe_copies(shared, 0);
+    wait_for_copies(1);
+    sync_block();
+    *slot_of(arguments) = shared[thread_rank()];
+    sync_block();
+    wait_for_copies(0);
+}
+inline OTKERN_KERNEL unawaited_probe_kernel(OTKERN_ARGUMENT ProbeArguments) {
+    start_probe_copies(reinterpret_cast<double *>(shared_memory()), 0);
+}
+inline OTKERN_KERNEL misaligned_probe_kernel(OTKERN_ARGUMENT ProbeArguments) {
+    start_probe_copies(reinterpret_cast<double *>(shared_memory()), 1);
+}
+
+// Half of the shared memory, in two copies; then the same again into the same place.
+inline OTKERN_KERNEL bulk_probe_kernel(OTKERN_ARGUMENT ProbeArguments arguments) {
+    constexpr int half = kProbeThreads / 2, bytes = half / 2 * sizeof(double);
+    double *shared = reinterpret_cast<double *>(shared_memory());
+    uint64_t *barrier = reinterpret_cast<uint64_t *>(shared + half);
+    if (thread_rank() == 0) start_barrier(barrier);
+    sync_block();
+    double sum = 0;
+    for (int phase = 0; phase < 2; ++phase) {
+        if (thread_rank() == phase) {
+            start_bulk_copy(shared, copy_source() + half * phase, bytes, barrier);
+            expect_bytes(barrier, 2 * bytes);
+            start_bulk_copy(shared + half / 2, copy_source() + half * phase + half / 2, bytes, barrier);
+        }
+        wait_for_bytes(barrier, phase);
+        sum += shared[thread_rank() % half];
+        sync_block();
+    }
+    if (thread_rank() == 0) end_barrier(barrier);
+    *slot_of(arguments) = sum;
+}
+inline OTKERN_KERNEL left_barrier_probe_kernel(OTKERN_ARGUMENT ProbeArguments) {
+    if (thread_rank() == 0) start_barrier(reinterpret_cast<uint64_t *>(shared_memory()));
+}
+inline OTKERN_KERNEL short_copy_probe_kernel(OTKERN_ARGUMENT ProbeArguments) {
+    uint64_t *barrier = reinterpret_cast<uint64_t *>(shared_memory());
+    if (thread_rank() == 0) {
+        start_barrier(barrier);
+        expect_bytes(barrier, 32);
+        start_bulk_copy(shared_memory() + 16, copy_source(), 16, barrier);
+    }
+    sync_block();
+    wait_for_bytes(barrier, 0);
+}
+
 inline std::vector<double> probe(const std::string &name) {
     const struct {
         const char *name;
@@ -89,6 +166,13 @@ inline std::vector<double> probe(const std::string &name) {
         {"early_end", early_end_probe_kernel},
         {"overrun", overrun_probe_kernel},
         {"ended_block", ended_block_probe_kernel},
+        {"copy", copy_probe_kernel},
+        {"hasty", hasty_probe_kernel},
+        {"unawaited", unawaited_probe_kernel},
+        {"misaligned", misaligned_probe_kernel},
+        {"bulk", bulk_probe_kernel},
+        {"left_barrier", left_barrier_probe_kernel},
+        {"short_copy", short_copy_probe_kernel},
     };
     Grid grid;
     grid.blocks = kProbeBlocks;

@@ -14,10 +14,10 @@ struct AdjointMemory {
     T *f, *scale_a;                // the same memory as `image` and `direction`, until the matrix is made and scaled
     T *b, *g, *y;                  // of all columns
     T *slope_b, *c, *u_b, *rhs_b;  // of the block's columns
-    T *partial_sums;               // of all columns; where the tiles are while the cost is formed
-    CostTiles<T> tiles;
     Cloud<T> points_x, points_y;
-    T *matrix;  // rows x m: the cost, then E, then S
+    T *matrix;        // rows x m: the cost, then E, then S
+    T *partial_sums;  // of all columns
+    char *stages;     // while the cost is formed: in place of the partial sums and of all that lies behind them
 
     OTKERN_BOTH void carve(Carver &carver, Team &team, const SizeClass &size, int64_t n, int64_t m, bool directions) {
         const int64_t rows = ceil_div(n, size.cluster), columns = ceil_div(m, size.cluster);
@@ -41,11 +41,11 @@ struct AdjointMemory {
         carver.take(rhs_b, columns);
         points_x.carve(carver, int(rows), directions);
         points_y.carve(carver, int(m), directions);
+        carver.take(matrix, rows * m);
         Carver over = carver;
-        tiles.carve(over, size.threads);
+        over.take(stages, least_cost_bytes<T>());
         carver.take(partial_sums, m);
         carver.used = maximum(carver.used, over.used);
-        carver.take(matrix, rows * m);
     }
 };
 
@@ -138,18 +138,14 @@ OTKERN_DEVICE void Adjoint<T>::read() {
         at.c[k] = item.entry(call.extra_b, item.first_b, j);
         at.slope_b[k] = call.slope_b ? item.entry(call.slope_b, item.first_b, j) : T(1);
     });
-    if (p.metric != Metric::cost) {
-        at.points_x.measure(team, first_row, rows);
-        at.points_y.measure(team, 0, item.m);
-    }
-    team.sync_all();
+    measure_points(team, p.metric, at.points_x, first_row, rows, at.points_y, first_column, columns, item.m);
 }
 
 // E. Between two points without weight E could be infinite; no sum wants it, and it is 0. At one such point it may
 // leave the range of T and has to stay a number.
 template <class T>
 OTKERN_DEVICE void Adjoint<T>::make_matrix() {
-    cost_rows(team, call.problem, item, at.tiles, at.points_x, at.points_y, first_row, rows, at.matrix, item.m);
+    cost_rows(team, call.problem, item, at.points_x, at.points_y, first_row, rows, at.matrix, item.m, at.stages);
     for (int i = team.warp; i < rows; i += team.warps)
         for (int j = team.lane; j < item.m; j += kWarp) {
             const T cost = at.matrix[i * item.m + j];

@@ -82,6 +82,7 @@ struct Cloud {
     Dtype dtype;
     int64_t offset, stride_row, stride_col;
     int features;
+    bool in_pieces = false;  // rows can be copied in pieces of 16 bytes, as they are
     T *inverse_norm = nullptr, *exponent = nullptr;
 
     OTKERN_BOTH Cloud() {}
@@ -92,6 +93,12 @@ struct Cloud {
         stride_row = points.stride_row;
         stride_col = points.stride_col;
         features = int(p.features);
+        const int64_t element = element_bytes(dtype);
+        in_pieces =
+            stride_col == 1 && stride_row * element % 16 == 0 && reinterpret_cast<uint64_t>(address(0, 0)) % 16 == 0;
+    }
+    OTKERN_DEVICE const char *address(int i, int k) const {
+        return static_cast<const char *>(data) + (offset + i * stride_row + k * stride_col) * element_bytes(dtype);
     }
     OTKERN_BOTH void carve(Carver &carver, int count, bool directions) {
         if (!directions) return;
@@ -121,8 +128,9 @@ struct Cloud {
         return minimum(scale_by_power(T(1), -int(exponent[local])), T(sizeof(T) == 4 ? 3e38 : 1e308));
     }
 
-    // Norms of rows [first, first + count), a warp each. Nothing may read them before a barrier.
-    OTKERN_DEVICE void measure(const Team &team, int first, int count) {
+    // Of rows first, first + 1, .. to places local, local + 1, .. of `count` rows, a warp each: to `push`, to those of
+    // all blocks. Nothing may read them before a barrier, and then `settle` comes.
+    OTKERN_DEVICE void measure(const Team &team, int first, int local, int count, bool push) const {
         if (exponent == nullptr) return;
         for (int i = team.warp; i < count; i += team.warps) {
             T squares = 0, largest = 0;
@@ -136,17 +144,33 @@ struct Cloud {
             const bool scaled =
                 !(squares > Ordinary<T>::least && squares < Ordinary<T>::most) && largest > 0 && is_finite(largest);
             const int power = scaled ? exponent_of_number(double(largest)) : 0;
-            T again = 0;
-            for (int k = team.lane; k < features; k += kWarp) {
-                const T x = scale_by_power(raw(first + i, k), -power);
-                again += x * x;
+            if (power != 0) {
+                squares = 0;
+                for (int k = team.lane; k < features; k += kWarp) {
+                    const T x = scale_by_power(raw(first + i, k), -power);
+                    squares += x * x;
+                }
+                squares = warp_sum(squares);
             }
-            again = warp_sum(again);
             if (team.lane != 0) continue;
-            exponent[i] = T(power);
             // An error here is common to the whole row: worth a square root in double.
-            inverse_norm[i] = again > 0 && is_finite(again) ? T(1 / root_of(double(again))) : T(0);
+            const T inverse = squares > 0 && is_finite(squares) ? T(1 / root_of(double(squares))) : T(0);
+            T *const places[] = {exponent + local + i, inverse_norm + local + i};
+            if (push) {
+                team.push(places[0], T(power));
+                team.push(places[1], inverse);
+            } else {
+                *places[0] = T(power);
+                *places[1] = inverse;
+            }
         }
+    }
+    // Rows that are scaled first are not copied as they are. By the whole block.
+    OTKERN_DEVICE void settle(const Team &team, int count) {
+        if (exponent == nullptr) return;
+        bool scaled = false;
+        for (int i = team.thread; i < count; i += team.threads) scaled = scaled || exponent[i] != 0;
+        if (team.any(scaled)) in_pieces = false;
     }
 };
 

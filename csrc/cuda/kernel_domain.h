@@ -35,7 +35,6 @@ OTKERN_DEVICE bool Sinkhorn<T>::enter_kernel() {
 // where that is a cap.
 template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::start_rows() {
-    form_cost();
     for (int i = team.warp; i < rows; i += team.warps) {
         T peak = -infinity<T>();
         for (int j = team.lane; j < item.m; j += kWarp)
@@ -53,7 +52,6 @@ OTKERN_DEVICE void Sinkhorn<T>::start_rows() {
 // cost is then as it was.
 template <class T>
 OTKERN_DEVICE bool Sinkhorn<T>::build_kernel() {
-    form_cost();
     const auto exponent = [&](int i, int j) {
         return ((at.G[j] - at.cost[i * item.m + j]) + (at.F[i] + lam)) * inverse_eps;
     };

@@ -1,5 +1,7 @@
 #include "launch.h"
 
+#include <algorithm>
+
 namespace otkern {
 namespace cuda {
 
@@ -31,10 +33,21 @@ std::vector<SizeClass> implicit_classes(const Limits &limits) {
     return one_matrix_or_two(limits, false);
 }
 
-int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions) {
-    for (int rows = 32; rows >= 1; rows /= 2)
-        if (plan_bytes(wide, rows, m, directions) <= limits.shared_bytes) return rows;
-    return 0;
+// More rows read the points less often. But where that leaves multiprocessors without a block, fewer are better; the
+// largest devices have about 150.
+int plan_rows(const Limits &limits, bool wide, int64_t n, int64_t m, int64_t batch, bool directions) {
+    int rows = 128;
+    while (rows >= 1 && plan_bytes(wide, rows, m, directions) > limits.shared_bytes) rows /= 2;
+    while (rows > 16 && (n + rows - 1) / rows * batch < 150) rows /= 2;
+    return rows;
+}
+
+int64_t roomy_bytes(const Limits &limits, int64_t bytes, int threads) {
+    constexpr int64_t reserve = kKilo;                     // of each block, taken by the system
+    const int64_t by_registers = 65536 / (256 * threads);  // at the most that a thread can have
+    const int64_t whole = limits.shared_bytes + reserve;
+    const int64_t blocks = std::max<int64_t>(1, std::min(by_registers, whole / (bytes + reserve)));
+    return std::max(bytes, (whole / blocks - reserve) / 16 * 16);
 }
 
 Problem exchanged(const Problem &p) {

@@ -23,8 +23,12 @@ std::vector<SizeClass> implicit_classes(const Limits &limits);
 int64_t implicit_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions);
 int64_t symmetric_bytes(bool wide, const SizeClass &size, int64_t n, int64_t m, bool directions);
 // Rows of the plan that a block makes at once, 0 where not even the fewest fit. Their number shows in no bit.
-int plan_rows(const Limits &limits, bool wide, int64_t m, bool directions);
+int plan_rows(const Limits &limits, bool wide, int64_t n, int64_t m, int64_t batch, bool directions);
 int64_t plan_bytes(bool wide, int rows, int64_t m, bool directions);
+
+// What a block that needs `bytes` of shared memory may have without keeping another one off its multiprocessor: it goes
+// to what is on its way.
+int64_t roomy_bytes(const Limits &limits, int64_t bytes, int threads);
 
 // The same problem with its sides exchanged.
 Problem exchanged(const Problem &problem);

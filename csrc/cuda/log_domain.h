@@ -10,7 +10,6 @@ namespace cuda {
 // is subtracted in units of the cost, so that a small reg does not amplify the rounding of the exponent.
 template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::log_row_step(bool columns_too, bool compare) {
-    form_cost();
     T *const soft_min = at.row_scale;  // a scaling has no meaning here
     for (int i = team.warp; i < rows; i += team.warps) {
         const T *row = at.cost + i * item.m;

@@ -15,19 +15,27 @@
 namespace otkern {
 namespace cuda {
 
-constexpr int kPlanThreads = 128;
+// Rows of points that meet the weights in one step of the matrix units; in fp32 in two.
+constexpr int kProductRows = 16;
+
+// The memory that their products with the points take at least: one tile of one warp.
+template <class T>
+OTKERN_BOTH constexpr int64_t least_product_bytes() {
+    return Stages<T>::bytes_of(1, kProductRows, kTile * int(sizeof(T)));
+}
 
 template <class T>
 struct PlanMemory {
-    T *b, *g, *col;  // of all columns; the weights of call.h where they are given
-    Cloud<T> x, y;   // the tile's rows, all columns
-    T *along;        // of the tile's rows
-    CostTiles<T> tiles;
-    T *rows;  // rows x pitch: the cost, then the weights of the products
+    T *b, *g, *col;   // of all columns; the weights of call.h where they are given
+    Cloud<T> x, y;    // the tile's rows, all columns
+    T *along, *unit;  // of the tile's rows: see for_entries
+    T *rows;          // rows x pitch: the cost, then the weights of the products
     int pitch;
+    char *stages;  // of what is on its way, with all that lies behind it
 
     OTKERN_BOTH void carve(Carver &carver, Team &team, int count, int64_t m, bool directions) {
-        pitch = int(round_up(m, 4));
+        // The matrix units take up to 16 columns; rows that lie 8 words apart, modulo 16, share few banks.
+        pitch = int(round_up(m, 16)) + 8;
         team.carve(carver);
         carver.take(b, m);
         carver.take(g, m);
@@ -35,8 +43,9 @@ struct PlanMemory {
         x.carve(carver, count, directions);
         y.carve(carver, int(m), directions);
         carver.take(along, count);
-        tiles.carve(carver, kPlanThreads);
+        carver.take(unit, count);
         carver.take(rows, int64_t(count) * pitch);
+        carver.take(stages, maximum(least_cost_bytes<T>(), least_product_bytes<T>()));
     }
 };
 
@@ -181,22 +190,19 @@ class PlanTile {
             at.g[j] = item.entry(arguments.g, item.first_b, j);
             at.col[j] = item.entry(arguments.col, item.first_b, j);
         }
-        if (p.metric != Metric::cost) {
-            at.x.measure(team, first, count);
-            at.y.measure(team, 0, item.m);
-        }
-        team.sync();
-        cost_rows(team, p, item, at.tiles, at.x, at.y, first, count, at.rows, at.pitch);
+        measure_points(team, p.metric, at.x, first, count, at.y, 0, item.m, item.m);
+        cost_rows(team, p, item, at.x, at.y, first, count, at.rows, at.pitch, at.stages);
     }
 
     // function(i, row, j, entry, cost) returns what takes the place of cost(i, j), i in the tile; finish(i, row, sum,
-    // entropy) comes once for every row, on one lane. Beyond the last column there are zeros up to the pitch.
+    // entropy) comes once for every row, on one lane. Beyond the last column there are zeros up to the pitch. `unit` is
+    // the power of two by which a row has to be multiplied to be below 2^15 in size.
     template <class F, class G>
     OTKERN_DEVICE void for_entries(F function, G finish) {
         for (int i = team.warp; i < count; i += team.warps) {
             const PlanRow<T> row(arguments, item, first + i);
             T *const entries = at.rows + i * at.pitch;
-            T sum = 0, entropy = 0, along = 0;
+            T sum = 0, entropy = 0, along = 0, largest = 0;
             for (int j = team.lane; j < at.pitch; j += kWarp) {
                 if (j >= item.m) {
                     entries[j] = 0;
@@ -206,16 +212,26 @@ class PlanTile {
                 const Entry<T> entry = row.at(j, at.b[j], at.g[j], at.col[j], cost);
                 sum += entry.sum;
                 entropy += entry.entropy;
-                entries[j] = function(i, row, j, entry, cost, along);
+                const T value = function(i, row, j, entry, cost, along);
+                largest = maximum(absolute(value), largest);
+                entries[j] = value;
             }
             sum = warp_sum(sum);
             entropy = warp_sum(entropy);
             along = warp_sum(along);
+            largest = warp_max(largest);
             if (team.lane != 0) continue;
             at.along[i] = along;
+            at.unit[i] = unit_of(largest);
             finish(row, sum, entropy);
         }
         team.sync();
+    }
+
+    // fp16 ends at 2^-24: what it loses of such a row is below 2^-39 of its largest weight.
+    OTKERN_DEVICE static T unit_of(T largest) {
+        const bool ordinary = largest > T(1e-30) && is_finite(largest);
+        return ordinary ? scale_by_power(T(1), 15 - exponent_of_number(double(largest))) : T(1);
     }
 
     const PlanArguments &arguments;
@@ -231,14 +247,14 @@ void launch_plan(PlanArguments arguments, const Limits &limits, F run) {
     const Problem &p = arguments.problem;
     const bool wide = p.dtype == Dtype::f64, directions = p.metric == Metric::cosine;
     const int64_t m = maximum<int64_t>(p.max_b, 1);
-    arguments.rows = plan_rows(limits, wide, m, directions);
+    arguments.rows = plan_rows(limits, wide, p.max_a, m, p.batch, directions);
     if (arguments.rows == 0)
         throw std::runtime_error("rows of the plan of " + std::to_string(m) + " columns do not fit");
     arguments.tiles = ceil_div(p.max_a, arguments.rows);
     const int64_t tiles = arguments.tiles * p.batch;
     Grid grid;
-    grid.threads = kPlanThreads;
-    grid.shared_bytes = plan_bytes(wide, arguments.rows, m, directions);
+    grid.threads = kThreads;
+    grid.shared_bytes = roomy_bytes(limits, plan_bytes(wide, arguments.rows, m, directions), grid.threads);
     for (int64_t first = 0; first < tiles; first += kMostBlocks) {
         arguments.first_tile = first;
         grid.blocks = minimum(kMostBlocks, tiles - first);
@@ -246,10 +262,59 @@ void launch_plan(PlanArguments arguments, const Limits &limits, F run) {
     }
 }
 
-// Rows of sum_j w_ij z_j, or of sum_j w_ij (x_i - z_j), that a thread makes at once, and the features of each.
+// write(i, k, sum) for rows i of the tile and features k of `z`, of which sum = sum_j w_ij z_jk, in the matrix units.
+//
+// A warp makes 32 x 32 sums. As many warps as the tile has rows for lie one below the other, the others side by side,
+// and all go through the features together; a stage holds some rows of z.
+template <class T, class F>
+OTKERN_DEVICE void matrix_sums(const PlanTile<T> &tile, const Cloud<T> &z, int features, F write) {
+    const Team &team = tile.team;
+    const int element = element_bytes(z.dtype), m = tile.item.m;
+    const int64_t memory = Stages<T>::memory_from(tile.at.stages);
+    const int down = minimum(int(ceil_div(tile.count, kTile)), team.warps);
+    int across = team.warps / down, rows = 4 * kProductRows;
+    while (across > 1 &&
+           (across / 2 * kTile >= features || Stages<T>::bytes_of(1, kProductRows, across * kTile * element) > memory))
+        across /= 2;
+    const int wide = across * kTile;
+    while (rows > kProductRows && (rows / 2 >= m || Stages<T>::bytes_of(2, rows, wide * element) > memory)) rows /= 2;
+    Stages<T> stages(tile.at.stages, z.dtype, rows, wide * element);
+    const int loads = int(ceil_div(m, rows));  // of a tile of features
+    const int i0 = team.warp / across * kTile, column = team.warp % across * kTile;
+    const int step = z.dtype == Dtype::f32 ? kProductRows / 2 : kProductRows;
+    MatrixSums sums;
+    stages.run(
+        team, int(ceil_div(features, wide)) * loads,
+        [&](int c) {
+            const int first = c % loads * rows, count = minimum(rows, m - first);
+            StageLoad<T> load;
+            load.rows[0] = {&z, first, first, count, 0, int(round_up(count, kProductRows))};
+            load.feature = c / loads * wide;
+            return load;
+        },
+        [&](int c, const char *stage, int) {
+            const int k0 = c / loads * wide + column, first = c % loads * rows;
+            if (i0 >= tile.count || k0 >= features) return;
+            if (c % loads == 0) sums.clear();
+            const float *const weights = tile.at.rows + i0 * tile.at.pitch + first;
+            OTKERN_ROLLED
+            for (int j = 0; j < rows && first + j < m; j += step)
+                sums.add_weighted(
+                    weights + j, tile.at.pitch, tile.count - 1 - i0, [&](int i) { return tile.at.unit[i0 + i]; },
+                    stage + j * stages.pitch + column * element, stages.pitch, z.dtype, team.lane);
+            if (c % loads != loads - 1) return;
+            sums.for_each(team.lane, [&](int r, int k, T sum) {
+                const int i = i0 + r;
+                if (i < tile.count && k0 + k < features)
+                    write(i, k0 + k, z.dtype == Dtype::f16 ? sum / tile.at.unit[i] : sum);
+            });
+        });
+}
+
+// By multiply-adds: rows of sum_j w_ij z_j, or of sum_j w_ij (x_i - z_j), that a thread makes at once, and the
+// features of each.
 constexpr int kSumRows = 8, kSumFeatures = 2;
 
-// write(i, k, sum) for rows i of the tile and features k of `z`.
 template <class T, bool differences, class F>
 OTKERN_DEVICE void weighted_sums(const PlanTile<T> &tile, const Cloud<T> &z, int features, F write) {
     const Team &team = tile.team;

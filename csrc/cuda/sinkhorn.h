@@ -16,16 +16,24 @@
 namespace otkern {
 namespace cuda {
 
+template <class T>
+OTKERN_DEVICE void exchange(T *&x, T *&y) {
+    T *const z = x;
+    x = y;
+    y = z;
+}
+
 // Where the pieces of one block's shared memory lie. Its size decides whether an item fits (launch.h).
 template <class T>
 struct ForwardMemory {
     T *a, *F, *row_sums, *counted_sums, *row_scale, *new_f, *dead_a, *offset_a;  // of the block's rows
     T *b, *G, *bv;                                                               // of all columns
     T *v, *new_v, *dead_b, *offset_b, *log_ratio;                                // of the block's columns
-    T *partial_sums, *partial_peaks;  // of all columns; where the tiles are while the cost is formed
-    CostTiles<T> tiles;
-    Cloud<T> x, y;  // the block's rows, all columns
-    T *cost, *kernel;
+    Cloud<T> x, y;                                                               // the block's rows, all columns
+    T *cost;
+    T *partial_sums, *partial_peaks;  // of all columns
+    T *kernel;
+    char *stages;  // while the cost is formed: in place of the partial sums and of all that lies behind them
 
     OTKERN_BOTH void carve(Carver &carver, Team &team, const SizeClass &size, int64_t n, int64_t m, bool directions) {
         const int64_t rows = ceil_div(n, size.cluster), columns = ceil_div(m, size.cluster);
@@ -48,14 +56,14 @@ struct ForwardMemory {
         carver.take(log_ratio, columns);
         x.carve(carver, int(rows), directions);
         y.carve(carver, int(m), directions);
+        carver.take(cost, rows * m);
         Carver over = carver;
-        tiles.carve(over, size.threads);
+        over.take(stages, least_cost_bytes<T>());
         carver.take(partial_sums, m);
         carver.take(partial_peaks, m);
-        carver.used = maximum(carver.used, over.used);
-        carver.take(cost, rows * m);
         kernel = cost;
         if (size.keeps_cost) carver.take(kernel, rows * m);
+        carver.used = maximum(carver.used, over.used);
     }
 };
 
@@ -109,7 +117,7 @@ class Sinkhorn {
     }
 
     OTKERN_DEVICE void read();
-    OTKERN_DEVICE void form_cost();
+    OTKERN_DEVICE void form();
     OTKERN_DEVICE void set_eps(T value);
     OTKERN_DEVICE T first_eps() const;
     OTKERN_DEVICE bool enter_kernel();
@@ -152,6 +160,7 @@ class Sinkhorn {
 
     bool absorbs, relaxed;    // there is a kernel domain; a side is not a constraint
     bool has_cost = false;    // `cost` holds the cost, and not the kernel
+    bool exchanged = false;   // the sums and scalings of a pass have the places of those before it
     T eps, inverse_eps;       // of this iteration
     T push = 0, level = 1;    // in the kernel domain lam + eps push stands for lam, which K holds; exp(push)
     double column_gap = 0;    // of a partial problem; else columns are exact after their half
@@ -184,20 +193,27 @@ OTKERN_DEVICE void Sinkhorn<T>::read() {
         at.v[c] = 1;
         at.dead_b[c] = 0;
     });
-    if (p.metric != Metric::cost) {
-        at.x.measure(team, first_row, maximum(0, minimum(rows, item.points_a - first_row)));
-        at.y.measure(team, 0, item.points_b);
-    }
-    team.sync_all();  // from here on others write into the vectors of all columns
+    // Null points are no points of a cloud.
+    const int points_x = maximum(0, minimum(rows, item.points_a - first_row));
+    const int points_y = maximum(0, minimum(columns, item.points_b - first_column));
+    measure_points(team, p.metric, at.x, first_row, points_x, at.y, first_column, points_y, item.points_b);
+    // From here on others write into the vectors of all columns.
 }
 
-// The cost of the block's rows; by the whole block. The tiles take the place of the partial sums, which other blocks
-// read between the barriers of a pass only.
+// The cost of the block's rows; by the whole block. The stages take the place of the kernel, which there is none of
+// then, and of the partial sums, which other blocks read between the barriers of a pass only.
 template <class T>
-OTKERN_DEVICE void Sinkhorn<T>::form_cost() {
+OTKERN_DEVICE void Sinkhorn<T>::form() {
     if (has_cost) return;
-    cost_rows(team, call.problem, item, at.tiles, at.x, at.y, first_row, rows, at.cost, item.m);
+    cost_rows(team, call.problem, item, at.x, at.y, first_row, rows, at.cost, item.m, at.stages);
     has_cost = true;
+    // Some twenty addresses, which the tiles of the cost have had no registers for.
+    Carver carver;
+    carver.base = shared_memory();
+    at.carve(carver, team, size, recomputed(item.n), recomputed(item.m), call.problem.metric == Metric::cosine);
+    if (!exchanged) return;
+    exchange(at.row_sums, at.counted_sums);
+    exchange(at.v, at.new_v);
 }
 
 template <class T>
@@ -263,13 +279,6 @@ OTKERN_DEVICE void Sinkhorn<T>::finish(bool in_kernel) {
 }
 
 template <class T>
-OTKERN_DEVICE void exchange(T *&x, T *&y) {
-    T *const z = x;
-    x = y;
-    y = z;
-}
-
-template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::run() {
     // Kernels write into each other's shared memory: every block has to be there.
     team.sync_all();
@@ -280,11 +289,16 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
         team.sync_all();
     }
     set_eps(first_eps());
-    bool in_kernel = enter_kernel();
-    bool at_reg = false;                  // the last iteration was done at reg
-    int64_t passes = 0;                   // counted passes since K was built
-    int64_t log_run = 1, left = log_run;  // log-domain iterations to do before the next attempt
+    bool in_kernel = false, enter = true;  // `enter`: at an eps that has not been tried
+    bool at_reg = false;                   // the last iteration was done at reg
+    int64_t passes = 0;                    // counted passes since K was built
+    int64_t log_run = 1, left = log_run;   // log-domain iterations to do before the next attempt
     for (;;) {
+        if (!in_kernel) {
+            form();
+            in_kernel = enter && enter_kernel();
+            enter = false;
+        }
         const bool last = iterations == call.max_iter, compare = at_reg && (last || call.tol >= 0);
         if (in_kernel)
             kernel_row_step(!last && !item.same, compare);
@@ -308,11 +322,13 @@ OTKERN_DEVICE void Sinkhorn<T>::run() {
         at_reg = eps == item.reg;
         if (!at_reg) {
             set_eps(iterations + 1 == call.max_iter ? item.reg : maximum(item.reg, eps * T(call.eps_factor)));
-            in_kernel = enter_kernel();
+            in_kernel = false;
+            enter = true;
         } else if (in_kernel) {
             if (!item.same) {
                 exchange(at.row_sums, at.counted_sums);
                 exchange(at.v, at.new_v);
+                exchanged = !exchanged;
             }
             ++passes;
         } else if (absorbs && --left <= 0 && iterations < call.max_iter) {

@@ -17,12 +17,12 @@ namespace {
 
 template <class T>
 struct AnnealingMemory {
-    T *a, *F, *soft_a;                // of the block's rows
-    T *b, *G;                         // of all columns
-    T *partial_sums, *partial_peaks;  // of all columns; where the tiles are while the cost is formed
-    CostTiles<T> tiles;
-    Cloud<T> x, y;  // the block's rows, all columns
+    T *a, *F, *soft_a;  // of the block's rows
+    T *b, *G;           // of all columns
+    Cloud<T> x, y;      // the block's rows, all columns
     T *cost;
+    T *partial_sums, *partial_peaks;  // of all columns
+    char *stages;  // while the cost is formed: in place of the partial sums and of all that lies behind them
 
     OTKERN_BOTH void carve(Carver &carver, Team &team, const SizeClass &size, int64_t n, int64_t m, bool directions) {
         const int64_t rows = ceil_div(n, size.cluster);
@@ -34,12 +34,12 @@ struct AnnealingMemory {
         carver.take(G, m);
         x.carve(carver, int(rows), directions);
         y.carve(carver, int(m), directions);
+        carver.take(cost, rows * m);
         Carver over = carver;
-        tiles.carve(over, size.threads);
+        over.take(stages, least_cost_bytes<T>());
         carver.take(partial_sums, m);
         carver.take(partial_peaks, m);
         carver.used = maximum(carver.used, over.used);
-        carver.take(cost, rows * m);
     }
 };
 
@@ -114,6 +114,8 @@ class Annealing {
 
 template <class T>
 OTKERN_DEVICE void Annealing<T>::prepare() {
+    // Kernels write into each other's shared memory: every block has to be there.
+    team.sync_all();
     const Problem &p = call.problem;
     for_rows([&](int i) {
         at.a[i] = item.weight(p.a, item.first_a, item.points_a, first_row + i);
@@ -123,12 +125,8 @@ OTKERN_DEVICE void Annealing<T>::prepare() {
         at.b[j] = item.weight(p.b, item.first_b, item.points_b, j);
         at.G[j] = 0;
     }
-    if (p.metric != Metric::cost) {
-        at.x.measure(team, first_row, rows);
-        at.y.measure(team, 0, item.m);
-    }
-    team.sync();
-    cost_rows(team, p, item, at.tiles, at.x, at.y, first_row, rows, at.cost, item.m);
+    measure_points(team, p.metric, at.x, first_row, rows, at.y, first_column, columns, item.m);
+    cost_rows(team, p, item, at.x, at.y, first_row, rows, at.cost, item.m, at.stages);
     const T floor = T(call.cost_floor);
     for (int e = team.thread; e < rows * item.m; e += team.threads) at.cost[e] = maximum(floor, at.cost[e]);
     team.sync();
@@ -316,7 +314,7 @@ void symmetric(const SymmetricCall &call, bool exact_sizes, const Limits &limits
     SymmetricArguments arguments;
     arguments.call = call;
     launch_classes(
-        "symmetric_kernel", arguments, implicit_classes(limits), p.max_a, p.max_b, exact_sizes,
+        "symmetric_kernel", arguments, implicit_classes(limits), limits, p.max_a, p.max_b, exact_sizes,
         [&](const SizeClass &size, int64_t n, int64_t m) { return symmetric_bytes(wide, size, n, m, directions); },
         [&](const SymmetricArguments &part, const Grid &grid) {
             if (wide)

@@ -115,6 +115,17 @@ class Team {
         sync_all();
         collect(x, sums);
     }
+    // Whether `x` holds on a thread of the block.
+    OTKERN_DEVICE bool any(bool x) const {
+        const float in_warp = warp_max(x ? 1.f : 0.f);
+        sync();
+        if (lane == 0) warp_notes[warp] = in_warp;
+        sync();
+        double found = 0;
+        for (int k = 0; k < warps; ++k) found = maximum(warp_notes[k], found);
+        sync();
+        return found > 0;
+    }
     template <class T>
     OTKERN_DEVICE T sum(T x) {
         T one[1] = {x};

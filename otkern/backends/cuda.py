@@ -159,7 +159,7 @@ def _plan_fits(inputs: Inputs) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _rows_fit(device_type: str, limits: tuple[int, int], wide: bool, columns: int, directions: bool) -> bool:
-    rows, _ = _module(torch.device(device_type)).cuda_plan_rows(limits, wide, columns, directions)
+    rows, _ = _module(torch.device(device_type)).cuda_plan_rows(limits, wide, 1, columns, 1, directions)
     return rows > 0
 
 
