@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | table | plot | compare | readme``; each has ``--help``."""
+"""``python -m benchmarks run | table | plot | compare | choose | readme``; each has ``--help``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, report, sweep
+from benchmarks import choice, compare, report, sweep
 from benchmarks.cases import suite
 from benchmarks.record import read
 
@@ -70,6 +70,10 @@ def add_reading(commands) -> None:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.set_defaults(function=do_compare)
+    parser = commands.add_parser("choose", help="write the table that otkern chooses between CUDA and Triton by")
+    parser.add_argument("file", type=Path, help="a run of the gpu suite")
+    parser.add_argument("--table", type=Path, default=choice.TABLE, help="default: the one of this checkout")
+    parser.set_defaults(function=do_choose)
     parser = commands.add_parser("readme", help="write the tables of README.md and docs from benchmarks/results")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table differs")
     parser.set_defaults(function=do_readme)
@@ -92,6 +96,16 @@ def do_compare(options: argparse.Namespace) -> int:
     lines, regressions = compare.compare(read(options.old), read(options.new))
     print("\n".join(lines))
     return int(regressions > 0)
+
+
+def do_choose(options: argparse.Namespace) -> int:
+    try:
+        entry = choice.write(read(options.file), options.table)
+    except ValueError as reason:
+        print(reason, file=sys.stderr)
+        return 2
+    print(choice.text(entry))
+    return 0
 
 
 def do_readme(options: argparse.Namespace) -> int:

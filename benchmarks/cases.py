@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 OTKERN = ("otkern again", "otkern")
+BACKENDS = ("otkern cuda", "otkern triton")  # on a GPU: what the choice between them is made from
 TORCH = ("torch kernel domain", "torch logsumexp")
 COMPILED = ("torch kernel domain compiled", "torch logsumexp compiled")
 REFERENCES = ("torch cost and its backward", "torch three products")
@@ -135,7 +136,7 @@ def cpu_suite() -> list[Case]:
 def tolerance_cases(device: str) -> list[Case]:
     """Time to a marginal error, verified in fp64; the iterations are the most that a method may take."""
     gpu = device == "cuda"
-    methods = (*TO_TOLERANCE, "otkern cuda", "flash-sinkhorn") if gpu else TO_TOLERANCE
+    methods = (*TO_TOLERANCE, *BACKENDS, "flash-sinkhorn") if gpu else TO_TOLERANCE
     shapes = [(256, 128)] if gpu else [(16, 64), (1, 300)]
     chosen = [(0.1, 1e-3), (0.05, 1e-2), (0.05, 1e-3), (0.05, 1e-4), (0.01, 1e-2), (0.01, 1e-3)]
     return [
@@ -149,7 +150,7 @@ def tolerance_cases(device: str) -> list[Case]:
 
 
 def gpu_suite() -> list[Case]:
-    batch = (*OTKERN, "otkern cuda", *TORCH, *POT, *GEOMLOSS, *OTT)
+    batch = (*OTKERN, *BACKENDS, *TORCH, *POT, *GEOMLOSS, *OTT)
     cases = [
         case("256x(128x128) bfloat16", 256, 128, 768, (*batch, *COMPILED, "flash-sinkhorn", *REFERENCES),
              dtype="bfloat16", iterations=100, headline=True),
@@ -160,7 +161,7 @@ def gpu_suite() -> list[Case]:
         case("512x(128x128) float16", 512, 128, 768, batch, dtype="float16"),
         case("256x(256x256) d1024", 256, 256, 1024, batch),
         case("8x(700x700)", 8, 700, 768, (*batch, "flash-sinkhorn", *REFERENCES), headline=True),
-        case("1x(700x700) pooled debiased", 1, 700, 768, ("otkern cuda", *DEBIASED, "flash-sinkhorn"), debias=True,
+        case("1x(700x700) pooled debiased", 1, 700, 768, (*BACKENDS, *DEBIASED, "flash-sinkhorn"), debias=True,
              headline=True),
         *(
             case(f"1x({n}x{n}) d{d} {part}", 1, n, d, (*LARGE, "flash-sinkhorn"), metric="sqeuclidean",

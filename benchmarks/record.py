@@ -78,6 +78,7 @@ def header(suite: str, threads: int, seconds: float, candidates: list[str], devi
             "system": platform.system(),
             "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         },
+        "capability": list(torch.cuda.get_device_capability()) if device == "cuda" else None,
         "threads": threads,
         "seconds": seconds,
         "candidates": candidates,

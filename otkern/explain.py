@@ -57,6 +57,9 @@ def explain(
                 call.iterations.update,
                 call.iterations.overrelaxation,
                 call.differentiation.grad,
+                backends.size_of(
+                    call.inputs.device, call.inputs.primary.dtype, max(call.inputs.max_a, call.inputs.max_b)
+                ),
             )
         ]
         reason = "; ".join(["the fastest that serves this call here", *refused])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otkern import dispatch
 from otkern.problem import Inputs, item_sizes, item_sums, masses, most_exponent, row_mask, spread, weights_of
 
 
@@ -109,8 +110,7 @@ def of_value(
         of_points = torch.cat([dvalue[: inputs.n_pairs], 2 * dvalue[inputs.n_pairs :]])
         of_x_b = of_x_b and inputs.first_self > 0
     wanted = [needs[0], of_x_b, needs[2], ratios, needs_reg]
-    sums = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, of_points, wanted, backend)
-    dx_a, dx_b, dcost, ratio_a, ratio_b, entropy = sums
+    dx_a, dx_b, dcost, ratio_a, ratio_b, entropy = _value_sums(inputs, f, g, of_points, wanted, backend)
     dx_b = dx_b if of_x_b else None
     da = db = dreg = drelaxation = df = dg = dmultipliers = None
     if any(needs[3:7]) or potentials_too:
@@ -283,6 +283,14 @@ def of_linear_value(inputs: Inputs, f: Tensor, g: Tensor, d: Tensor, needs: list
     return gradients._replace(x_a=direct[0], x_b=direct[1], cost=direct[2])
 
 
+def _value_sums(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: list[bool], backend: str):
+    """(dx_a, dx_b, dcost, ratio_a, ratio_b, entropy); nothing, or an empty tensor, for what is not needed."""
+    arguments = (*inputs, f, g, dvalue)
+    if dispatch.is_needed(arguments) or dispatch.is_recorded(arguments):
+        return torch.ops.otkern.sinkhorn_backward(*arguments, needs, backend)
+    return dispatch.serving(inputs, backend).backward(inputs, f, g, dvalue, tuple(needs))
+
+
 def _plan_backward(inputs, f, g, backend, needs, scale, cost_scale=None, dense=None, row=None, col=None):
     return torch.ops.otkern.plan_backward(*inputs, f, g, scale, cost_scale, dense, row, col, needs, backend)
 
@@ -325,7 +333,7 @@ def of_soft_minimum(
     asked = item_sums(inputs, side_a, (ds != 0).to(ds.dtype)) > 0
     sizes = torch.where(asked, item_sizes(inputs, side_a), 0).to(ds.dtype)
     needs = [side_a, not side_a, False, False, False]
-    dx = torch.ops.otkern.sinkhorn_backward(*problem, f, g, sizes, needs, backend)[0 if side_a else 1]
+    dx = _value_sums(problem, f, g, sizes, needs, backend)[0 if side_a else 1]
     scale = torch.where(ratio > 0, ds / torch.where(ratio > 0, ratio, 1), 0)
     return (dx * scale.unsqueeze(-1)).to(dx.dtype)
 
@@ -361,7 +369,7 @@ def of_potentials(
     u_a, u_b = df - row.spread(dt) * row.weights, dg + column.spread(dt) * column.weights
 
     ones = torch.ones_like(inputs.reg)
-    ratios = torch.ops.otkern.sinkhorn_backward(*inputs, f, g, ones, [False, False, False, True, False], backend)[3:5]
+    ratios = _value_sums(inputs, f, g, ones, [False, False, False, True, False], backend)[3:5]
     slopes = [_slope(side, multipliers) for side in (row, column)]
     singular = inputs.kind == "balanced"
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otkern import backends, gradients, second_order
+from otkern import dispatch, gradients, second_order
 from otkern.gradients import Gradients
 from otkern.problem import Inputs, PlanWeights, Schedule, check_values, check_warm_start, item_sums, padded
 
@@ -80,9 +80,9 @@ def sinkhorn(inputs: Inputs, iterations: Iterations, how: Differentiation, check
     """
     solver = how.tolerance(inputs.compute_dtype), how.max_iter
     arguments = (*inputs, *iterations, *solver, check, backend)
-    if not _dispatched(inputs):
-        return _Sinkhorn.apply(*arguments)
-    return torch.ops.otkern.sinkhorn(*arguments)
+    if dispatch.is_needed(inputs):
+        return torch.ops.otkern.sinkhorn(*arguments)
+    return (_Sinkhorn.apply if dispatch.is_recorded(inputs) else _sinkhorn)(*arguments)
 
 
 def apply_plan(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool, times_cost: bool, backend: str):
@@ -132,23 +132,6 @@ def symmetric(
     return torch.ops.otkern.symmetric(*inputs, *loop, check, backend)
 
 
-def _dispatched(inputs: Inputs) -> bool:
-    """Whether a call has to pass the dispatcher, which costs as much as a small problem: tracing, modes, subclasses."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) for t in inputs)
-    )
-
-
-def _serving(inputs: Inputs, name: str, schedule: Schedule | None = None):
-    backend = backends.load(name)
-    if (reason := backend.can_run(inputs, schedule)) is not None:
-        raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
-    return backend
-
-
 def _define(name: str, signature: str, kernel, fake) -> None:
     _library.define(name + signature, tags=_tags)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -166,7 +149,7 @@ def _split(args):
 def _sinkhorn(*args):
     inputs, rest = _split(args)
     iterations, (check, name) = Iterations(*rest[:-4]), rest[-2:]
-    backend = _serving(inputs, name, iterations.schedule)
+    backend = dispatch.serving(inputs, name, iterations.schedule)
     if check:
         # Inside the op, where data may be read without breaking a compiled graph.
         check_values(inputs)
@@ -188,7 +171,7 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        if _dispatched(Inputs(*args[:_N_PROBLEM])):
+        if dispatch.is_needed(args):
             with torch._C._AutoDispatchBelowAutograd():
                 value, *rest = _sinkhorn_op(*args)
         else:
@@ -236,12 +219,12 @@ def _present(f: Tensor, tensors) -> tuple[Tensor, ...]:
 
 def _sinkhorn_backward(*args):
     inputs, (f, g, dvalue, needs, name) = _split(args)
-    return _present(f, _serving(inputs, name).backward(inputs, f, g, dvalue, tuple(needs)))
+    return _present(f, dispatch.serving(inputs, name).backward(inputs, f, g, dvalue, tuple(needs)))
 
 
 def _plan_backward(*args):
     inputs, (f, g, *weights, needs, name) = _split(args)
-    return _present(f, _serving(inputs, name).plan_backward(inputs, f, g, PlanWeights(*weights), tuple(needs)))
+    return _present(f, dispatch.serving(inputs, name).plan_backward(inputs, f, g, PlanWeights(*weights), tuple(needs)))
 
 
 def _sums_fake(*args):
@@ -280,7 +263,7 @@ class _SinkhornBackward(torch.autograd.Function):
 
 def _apply_plan(*args):
     inputs, (f, g, v, transpose, times_cost, name) = _split(args)
-    return _serving(inputs, name).apply(inputs, f, g, v, transpose, times_cost)
+    return dispatch.serving(inputs, name).apply(inputs, f, g, v, transpose, times_cost)
 
 
 def _apply_plan_fake(*args):
@@ -290,7 +273,7 @@ def _apply_plan_fake(*args):
 
 def _plan(*args):
     inputs, (f, g, name) = _split(args)
-    return _serving(inputs, name).plan(inputs, f, g)
+    return dispatch.serving(inputs, name).plan(inputs, f, g)
 
 
 def _plan_fake(*args):
@@ -382,7 +365,7 @@ def _refuse_second(gradient_of: str) -> None:
 
 def _implicit(*args):
     inputs, (*rest, name) = _split(args)
-    return _serving(inputs, name).implicit(inputs, *rest)
+    return dispatch.serving(inputs, name).implicit(inputs, *rest)
 
 
 def _implicit_fake(*args):
@@ -394,7 +377,7 @@ def _implicit_fake(*args):
 def _unrolled(*args):
     inputs, rest = _split(args)
     iterations, (df, dg, dmultipliers, name) = Iterations(*rest[:-4]), rest[-4:]
-    backend = _serving(inputs, name, iterations.schedule)
+    backend = dispatch.serving(inputs, name, iterations.schedule)
     return _present(
         df,
         backend.unrolled(
@@ -486,7 +469,7 @@ class _DualValue(torch.autograd.Function):
 
 def _symmetric(*args):
     inputs, (*loop, check, name) = _split(args)
-    backend = _serving(inputs, name)
+    backend = dispatch.serving(inputs, name)
     if check:
         check_values(inputs)
     return backend.symmetric(inputs, *loop, check)

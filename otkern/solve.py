@@ -289,7 +289,12 @@ def read_call(
     g_init = _read_warm_start(potentials_init, inputs, batched)
     iterations = _read_iterations(inputs, g_init, max_iter, tol, *schedule)
     backend = backends.choose(
-        backend, inputs.device.type, iterations.update, iterations.overrelaxation, differentiation.grad
+        backend,
+        inputs.device.type,
+        iterations.update,
+        iterations.overrelaxation,
+        differentiation.grad,
+        backends.size_of(inputs.device, inputs.primary.dtype, max(inputs.max_a, inputs.max_b)),
     )
     if differentiation.grad == "unrolled":
         differentiation = differentiation._replace(iterations=iterations)

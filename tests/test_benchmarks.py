@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -211,6 +212,38 @@ def test_a_killed_sweep_continues(tmp_path):
     before = path.read_bytes()
     assert main([*command, "--seconds", "0.3"]) == 2
     assert path.read_bytes() == before
+
+
+def gpu_run(times):
+    """A run of the GPU suite with a case of 60 points, two of 700, and one that only Triton has passed."""
+    cases = {
+        "small": {"n": 60, "m": 50, "dtype": "bfloat16"},
+        "pooled": {"n": 700, "m": 700},
+        "debiased": {"n": 600, "m": 700},
+        "large": {"n": 100, "m": 100},
+    }
+    records = [
+        {"case": name, "method": method, "status": "ok" if time else "absent", "p50_ms": time}
+        for name, pair in times.items()
+        for method, time in zip(("otkern cuda", "otkern triton"), pair, strict=True)
+    ]
+    header = {"format": 1, "capability": [9, 0], "machine": {"gpu": "a GPU"}, "date": "today", "commit": "0"}
+    return {"header": header, "cases": cases, "records": records}
+
+
+def test_the_choice_of_a_backend_is_made_from_a_run_of_both(tmp_path, capsys):
+    path, table = tmp_path / "gpu.json", tmp_path / "measured.json"
+    table.write_text('{"8.0": "stays", "9.0": "goes"}')
+    run = gpu_run({"small": (3.0, 2.0), "pooled": (1.0, 8.0), "debiased": (1.0, 2.0), "large": (None, 1.0)})
+    path.write_text(json.dumps(run))
+    assert main(["choose", str(path), "--table", str(table)]) == 0
+    assert "up to 64: triton (1.50 times)" in capsys.readouterr().out
+    written = json.loads(table.read_text())
+    assert written["8.0"] == "stays"
+    assert written["9.0"]["cuda_over_triton"] == {"bfloat16": {"64": 1.5}, "float32": {"880": 0.25}}
+    path.write_text(json.dumps(gpu_run({"large": (None, 1.0)})))
+    assert main(["choose", str(path), "--table", str(table)]) == 2
+    assert "both passed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("reg", [0.1, 1.0])

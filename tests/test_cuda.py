@@ -7,7 +7,7 @@ import torch
 
 import otkern
 from otkern import backends, debiasing
-from otkern.backends import cuda, reference
+from otkern.backends import cuda, measured, reference
 from otkern.backends.reference.items import items
 from otkern.problem import Inputs, PlanWeights, Schedule
 
@@ -437,13 +437,47 @@ def test_explain_names_cluster_and_shared_memory():
     assert "one block" in otkern.explain(torch.zeros(30, 20), reg=1.0, backend="cuda").regime
 
 
-def test_cuda_is_not_chosen_unless_asked_for():
-    assert backends.choose(None, "cpu") != "cuda"
-    if cuda.missing("cuda") is None:
-        assert backends.choose(None, "cuda") != "cuda"
-        assert any(
-            name == "cuda" and "timed" in why for name, why in backends.refusals("cuda", "alternating", 1.0, "envelope")
-        )
+TIMED = {
+    "9.0": {"gpu": "a GPU", "date": "today", "commit": "0", "cuda_over_triton": {"float32": {"64": 0.5, "512": 2.0}}}
+}
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As on a machine with a GPU of compute capability 9.0, for the choice of a backend."""
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: None if name != "cpu" else "CPU tensors only")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return lambda table: monkeypatch.setattr(measured, "TABLE", table)
+
+
+@pytest.mark.parametrize(
+    ("table", "dtype", "longest", "chosen", "why"),
+    [
+        ({}, torch.float32, 50, "triton", "not been timed"),
+        (TIMED, torch.float32, 50, "cuda", None),
+        (TIMED, torch.float32, 300, "triton", "2.00 times as long as Triton in float32 at up to 512 points"),
+        (TIMED, torch.float32, 20, "triton", "not been timed"),  # a smaller bracket, without an entry
+        (TIMED, torch.float32, 5000, "triton", "not been timed"),
+        (TIMED, torch.bfloat16, 50, "triton", "not been timed"),
+    ],
+)
+def test_cuda_is_chosen_where_it_was_measured_to_be_faster(on_hopper, table, dtype, longest, chosen, why):
+    on_hopper(table)
+    size = backends.size_of(torch.device("cuda"), dtype, longest)
+    assert backends.choose(None, "cuda", size=size) == chosen
+    assert backends.choose("triton", "cuda", size=size) == "triton"
+    assert backends.choose(None, "cuda", update="symmetric", size=size) == "reference"
+    refused = dict(backends.refusals("cuda", "alternating", 1.0, "envelope", size))
+    assert ("cuda" in refused) == (why is not None)
+    assert why is None or why in refused["cuda"]
+    assert backends.choose(None, "cpu", size=size) != "cuda"
+
+
+@needs_executor
+def test_the_largest_measured_size_fits_into_a_cluster():
+    inputs = make_inputs("cosine", torch.float32, (1,), (1,))._replace(max_a=measured.BRACKETS[-1] + 1, kind="null")
+    assert measured.BRACKETS[-1] + 1 <= cuda._largest_square(inputs)
 
 
 def test_cpu_tensors_are_refused_without_the_executor(monkeypatch):

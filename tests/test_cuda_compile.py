@@ -4,6 +4,7 @@ The numbers are read from the module itself, the code that ships. `cuobjdump` co
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -73,6 +74,26 @@ def test_every_kernel_has_code_for_every_target_without_a_spill():
         # Spilled registers, and arrays that could not stay in registers, would be here.
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (key, used)
         assert used["SHARED"] <= STATIC_SHARED, (key, used)
+
+
+# Pieces of 16 bytes, or bulk copies and their barrier.
+COPIES = {"sm_80": {"LDGSTS"}, "sm_90a": {"UBLKCP", "SYNCS"}, "sm_100": {"UBLKCP", "SYNCS"}}
+
+
+@needs_cuda_half
+@pytest.mark.skipif(cuobjdump() is None, reason="neither CUDA nor Triton has a cuobjdump here")
+@pytest.mark.parametrize("target", TARGETS)
+def test_copies_are_asynchronous_and_products_are_made_in_matrix_units(target):
+    from otkern import _native
+
+    tools = {"PATH": os.pathsep.join([str(Path(cuobjdump()).parent), os.environ["PATH"]])}  # it calls nvdisasm
+    command = [cuobjdump(), "-sass", "-arch", target, _native.__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | tools).stdout
+    used = set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z0-9_.]+)", text, re.MULTILINE))
+    assert {name.split(".")[0] for name in used} >= COPIES[target] | {"LDSM"}
+    assert {"HMMA.16816.F32", "HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32"} <= used
+    # Address spaces are known: nothing is loaded or stored in local memory.
+    assert not {"LDL", "STL"} & {name.split(".")[0] for name in used}
 
 
 @needs_cuda_half

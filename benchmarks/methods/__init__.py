@@ -19,6 +19,7 @@ METHODS = {
     "otkern": "ours:Otkern",
     "otkern again": "ours:Otkern",
     "otkern cuda": "ours:OtkernCuda",
+    "otkern triton": "ours:OtkernTriton",
     "otkern three solves": "ours:OtkernThreeSolves",
     "torch kernel domain": "plain:KernelDomain",
     "torch logsumexp": "plain:LogDomain",
@@ -48,7 +49,7 @@ METHODS = {
 
 # The first of a pair is the second once more: their difference is the noise floor.
 AGAIN = {"otkern again": "otkern", "encoder alone again": "encoder alone"}
-OURS = ("otkern again", "otkern", "otkern cuda", "otkern three solves", "with otkern")
+OURS = ("otkern again", "otkern", "otkern cuda", "otkern triton", "otkern three solves", "with otkern")
 # Yardsticks that compute no transport: never verified, never "the fastest peer".
 YARDSTICKS = ("torch cost and its backward", "torch three products", "bare op", "encoder alone", "encoder alone again")
 

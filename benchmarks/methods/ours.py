@@ -36,16 +36,32 @@ class Otkern(Method):
         return int(self.n_iters.max())
 
 
-class OtkernCuda(Otkern):
-    """The same on the CUDA backend."""
+class OnBackend(Otkern):
+    """The same on a backend of its own choice, to compare them."""
+
+    backend: str
 
     def __init__(self, case, clouds):
         super().__init__(case, clouds)
-        self.options["backend"] = "cuda"
+        self.options["backend"] = self.backend
         try:
-            otkern.solve_sample(clouds.x[:1], clouds.y[:1], metric=case.metric, reg=1.0, max_iter=1, backend="cuda")
+            otkern.solve_sample(
+                clouds.x[:1], clouds.y[:1], metric=case.metric, reg=1.0, max_iter=1, backend=self.backend
+            )
         except ValueError as error:
             raise Absent(str(error)) from error
+
+
+class OtkernCuda(OnBackend):
+    """Whole problems in clusters."""
+
+    backend = "cuda"
+
+
+class OtkernTriton(OnBackend):
+    """Whole problems in registers up to 128 points, and tiles beyond."""
+
+    backend = "triton"
 
 
 class OtkernThreeSolves(ThreeSolves):

@@ -12,15 +12,16 @@ import importlib.util
 import os
 from types import ModuleType
 
+import torch
+
+from otkern.backends import measured
+
 # With the package and not with the first call: the module must notice a fork that comes before that.
 with contextlib.suppress(ImportError):
     import otkern._native  # noqa: F401
 
-# In order of preference where none is asked for.
+# In order of preference where none is asked for; the first one only where it was measured to be the faster.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-
-# Not chosen unless asked for, and why.
-UNMEASURED = {"cuda": "its kernels have not been timed on a GPU yet; backend='cuda' asks for it"}
 
 
 def load(name: str) -> ModuleType:
@@ -50,8 +51,11 @@ def choose(
     update: str = "alternating",
     overrelaxation: float = 1.0,
     grad: str = "envelope",
+    size: measured.Size | None = None,
 ) -> str:
     """The backend for a call: the named one, or the fastest that can run on this device and serves these options.
+
+    ``size`` is what the table of measurements is asked with; None: as if nothing had been measured.
 
     Raises:
         ValueError: the named backend cannot run here; it never falls back to another one.
@@ -71,7 +75,22 @@ def choose(
     if device_type == "cpu":
         # The interpreter makes Triton possible on CPU tensors, never fast.
         return "reference" if unavailable("cpu", "cpu") else "cpu"
-    return next(name for name in BACKENDS if name not in UNMEASURED and unavailable(name, device_type) is None)
+    passed_over = () if _cuda_is_faster(device_type, size) else ("cuda",)
+    return next(name for name in BACKENDS if name not in passed_over and unavailable(name, device_type) is None)
+
+
+def size_of(device: torch.device, dtype: torch.dtype, longest: int) -> measured.Size | None:
+    """What `choose` asks the table with; None, without a look at the size, where no table could say anything."""
+    if device.type != "cuda" or not measured.TABLE:
+        return None
+    return measured.size_of(str(dtype).removeprefix("torch."), longest)
+
+
+def _cuda_is_faster(device_type: str, size: measured.Size | None) -> bool:
+    if device_type != "cuda" or unavailable("cuda", "cuda") is not None:
+        return False
+    found = measured.ratio(torch.cuda.get_device_capability(), size) if torch.cuda.is_available() else None
+    return found is not None and found < 1
 
 
 def launches(name: str) -> bool:
@@ -79,15 +98,20 @@ def launches(name: str) -> bool:
     return name in ("cuda", "triton")
 
 
-def refusals(device_type: str, update: str, overrelaxation: float, grad: str) -> list[tuple[str, str]]:
+def refusals(
+    device_type: str, update: str, overrelaxation: float, grad: str, size: measured.Size | None = None
+) -> list[tuple[str, str]]:
     """The backends that `choose` passes over before it finds one, and why."""
-    chosen = choose(None, device_type, update, overrelaxation, grad)
+    chosen = choose(None, device_type, update, overrelaxation, grad, size)
     served_by_reference = _only_reference(update, overrelaxation, grad)
     passed_over = []
     for name in BACKENDS:
         if name == chosen:
             return passed_over
-        reason = unavailable(name, device_type) or served_by_reference or UNMEASURED.get(name)
+        reason = unavailable(name, device_type) or served_by_reference
+        if reason is None and name == "cuda":
+            here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+            reason = measured.reason(here, size)
         if reason is not None:
             passed_over.append((name, reason))
     return passed_over

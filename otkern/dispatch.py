@@ -1,0 +1,45 @@
+"""When a call has to pass the dispatcher and autograd, which cost as much as a small problem, and who serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otkern import backends
+from otkern.problem import Inputs, Schedule
+
+
+def is_needed(fields: Iterable[Any]) -> bool:
+    """Whether somebody listens to the ops: tracing, modes, transforms, or a tensor of another class in ``fields``."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return True
+    for field in fields:  # a loop takes half the time of `any`
+        kind = type(field)
+        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(field, Tensor):
+            return True
+    return False
+
+
+def is_recorded(fields: Iterable[Any]) -> bool:
+    """Whether autograd has to know of a call with these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(field, Tensor) and field.requires_grad for field in fields)
+
+
+def serving(inputs: Inputs, name: str, schedule: Schedule | None = None) -> ModuleType:
+    """The backend's module.
+
+    Raises:
+        ValueError: it cannot serve the call; it says why.
+    """
+    backend = backends.load(name)
+    if (reason := backend.can_run(inputs, schedule)) is not None:
+        raise ValueError(f"backend {name!r} cannot serve this call: {reason}")
+    return backend
