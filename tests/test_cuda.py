@@ -162,6 +162,19 @@ def test_clusters_and_costs_formed_again_have_the_potentials_of_the_reference(li
 
 @needs_executor
 @pytest.mark.parametrize("kind", KINDS)
+def test_few_columns_and_few_rows_have_the_potentials_of_the_reference(executor, kind):
+    # Warps share the rows of a column, more of them the fewer columns there are.
+    inputs = make(kind, "cosine", torch.float32, ((300, 4, 90, 200, 31), (3, 300, 33, 64, 97)), d=12)
+    expected = reference.forward(inputs.widened(), None, 12, -1.0)
+    found = cuda.forward(inputs, None, 12, -1.0)
+    assert_as_exact(found[:3], expected[:3], torch.float32)
+    for order in ORDERS[:3]:
+        executor.set_order(**order)
+        assert same(cuda.forward(inputs, None, 12, -1.0), found)
+
+
+@needs_executor
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reg", [0.002, 0.2, 20.0])
 def test_absorbed_kernels_have_the_potentials_of_the_log_domain(limits, monkeypatch, kind, reg):
     for allowed in ((227 << 10, 16), SMALL["clusters"]):

@@ -81,6 +81,20 @@ OTKERN_DEVICE T warp_sum(T x) {
     for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
 }
+// Of four numbers of each lane their sums over the warp, in six exchanges and not twenty: number `of_four(lane)` of
+// them, the same bits in each lane that has it.
+OTKERN_DEVICE int of_four(int lane) {
+    return lane / 16 * 2 + lane / 8 % 2;
+}
+template <class T>
+OTKERN_DEVICE T warp_sum_of_four(const T (&x)[4], int lane) {
+    const bool late = lane & 16, odd = lane & 8;
+    const T even_sum = (late ? x[2] : x[0]) + shuffle_xor(late ? x[0] : x[2], 16);
+    const T odd_sum = (late ? x[3] : x[1]) + shuffle_xor(late ? x[1] : x[3], 16);
+    T sum = (odd ? odd_sum : even_sum) + shuffle_xor(odd ? even_sum : odd_sum, 8);
+    for (int mask = 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    return sum;
+}
 template <class T>
 OTKERN_DEVICE T warp_max(T x) {
     for (int mask = kWarp / 2; mask > 0; mask /= 2) x = maximum(x, shuffle_xor(x, mask));

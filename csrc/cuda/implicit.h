@@ -4,6 +4,7 @@
 #pragma once
 
 #include "plan.h"
+#include "products.h"
 
 namespace otkern {
 namespace cuda {
@@ -16,7 +17,7 @@ struct AdjointMemory {
     T *slope_b, *c, *u_b, *rhs_b;  // of the block's columns
     Cloud<T> points_x, points_y;
     T *matrix;        // rows x m: the cost, then E, then S
-    T *partial_sums;  // of all columns
+    T *partial_sums;  // of all columns, several of each where there are few
     char *stages;     // while the cost is formed: in place of the partial sums and of all that lies behind them
 
     OTKERN_BOTH void carve(Carver &carver, Team &team, const SizeClass &size, int64_t n, int64_t m, bool directions) {
@@ -44,7 +45,7 @@ struct AdjointMemory {
         carver.take(matrix, rows * m);
         Carver over = carver;
         over.take(stages, least_cost_bytes<T>());
-        carver.take(partial_sums, m);
+        carver.take(partial_sums, column_parts_count(size.threads, m));
         carver.used = maximum(carver.used, over.used);
     }
 };
@@ -161,17 +162,9 @@ template <class T>
 template <class F>
 OTKERN_DEVICE void Adjoint<T>::times_columns(const T *v, F function) {
     team.sync();
-    for (int j = team.thread; j < item.m; j += team.threads) {
-        T sum = 0;
-        for (int i = 0; i < rows; ++i) sum += at.matrix[i * item.m + j] * v[i];
-        at.partial_sums[j] = sum;
-    }
+    sum_columns(team, at.matrix, rows, item.m, v, at.partial_sums);
     team.sync_all();
-    for_columns([&](int c, int j) {
-        T sum = 0;
-        for (int block = 0; block < team.size; ++block) sum += map_shared(at.partial_sums + j, block)[0];
-        function(c, j, sum);
-    });
+    for_columns([&](int c, int j) { function(c, j, sum_of_column(team, at.partial_sums, item.m, j)); });
     team.sync_all();
 }
 
@@ -184,12 +177,7 @@ OTKERN_DEVICE void Adjoint<T>::times_columns_to_y(const T *v) {
 template <class T>
 template <class F>
 OTKERN_DEVICE void Adjoint<T>::times_rows(F function) {
-    for (int i = team.warp; i < rows; i += team.warps) {
-        T sum = 0;
-        for (int j = team.lane; j < item.m; j += kWarp) sum += at.matrix[i * item.m + j] * at.y[j];
-        sum = warp_sum(sum);
-        if (team.lane == 0) function(i, sum);
-    }
+    sum_rows(team, at.matrix, rows, item.m, at.y, function);
     team.sync_all();
 }
 

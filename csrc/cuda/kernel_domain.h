@@ -19,9 +19,6 @@ struct Range<double> {
     static constexpr double share = 1e-270, least = 1e-250, most = 1e250, exponent = 460;
 };
 
-// Rows that a warp sums at once: each number of a column is then read once for all of them.
-constexpr int kGroup = 4;
-
 // Into the kernel domain from g alone. Where a penalty keeps potentials far from their soft minima, f - o would be a
 // small difference of large numbers: there an iteration in the log domain comes first.
 template <class T>
@@ -70,7 +67,7 @@ OTKERN_DEVICE bool Sinkhorn<T>::build_kernel() {
 // `compare`: r_i = u_i(before) s_i is the row marginal ratio at the potentials of the iteration before.
 template <class T>
 OTKERN_DEVICE void Sinkhorn<T>::kernel_row_step(bool columns_too, bool compare) {
-    kernel_dots();
+    sum_rows(team, at.kernel, rows, item.m, at.bv, [&](int i, T sum) { at.row_sums[i] = sum; });
     team.sync();
     T notes[5] = {-infinity<T>(), 0, 0, 0, 0};
     for_rows([&](int i) {
@@ -98,46 +95,13 @@ OTKERN_DEVICE void Sinkhorn<T>::kernel_row_step(bool columns_too, bool compare) 
     team.note(notes, 24);
     team.sync();
     team.send(notes, 24);
-    if (columns_too) {
-        for (int j = team.thread; j < item.m; j += kGroup * team.threads) {
-            T sums[kGroup] = {};
-            for (int i = 0; i < rows; ++i) {
-                const T scale = at.row_scale[i];
-                OTKERN_UNROLL
-                for (int c = 0; c < kGroup; ++c)
-                    if (j + c * team.threads < item.m) sums[c] += at.kernel[i * item.m + j + c * team.threads] * scale;
-            }
-            OTKERN_UNROLL
-            for (int c = 0; c < kGroup; ++c)
-                if (j + c * team.threads < item.m) at.partial_sums[j + c * team.threads] = sums[c];
-        }
-    }
+    if (columns_too) sum_columns(team, at.kernel, rows, item.m, at.row_scale, at.partial_sums);
     team.sync_all();
     team.collect(notes, 24);
     smallest_row = -notes[0];
     largest_row = notes[1];
     heaviest_row = notes[2];
     if (compare) note_error(notes[3], notes[4]);
-}
-
-// row_sums_i = sum_j K_ij b_j v_j.
-template <class T>
-OTKERN_DEVICE void Sinkhorn<T>::kernel_dots() {
-    for (int i = team.warp * kGroup; i < rows; i += team.warps * kGroup) {
-        T sums[kGroup] = {};
-        for (int j = team.lane; j < item.m; j += kWarp) {
-            const T weight = at.bv[j];
-            OTKERN_UNROLL
-            for (int r = 0; r < kGroup; ++r)
-                if (i + r < rows) sums[r] += at.kernel[(i + r) * item.m + j] * weight;
-        }
-        OTKERN_UNROLL
-        for (int r = 0; r < kGroup; ++r) {
-            if (i + r >= rows) continue;
-            const T sum = warp_sum(sums[r]);
-            if (team.lane == 0) at.row_sums[i + r] = sum;
-        }
-    }
 }
 
 // The column half. False, on every thread alike, when the pass does not count.
@@ -169,8 +133,7 @@ OTKERN_DEVICE bool Sinkhorn<T>::kernel_column_step() {
 template <class T>
 OTKERN_DEVICE T Sinkhorn<T>::kernel_column(int c, int j, T &smallest, T &largest) {
     const bool dead = at.dead_b[c] != 0;
-    T sum = dead ? T(1) : T(0);
-    for (int block = 0; block < team.size; ++block) sum += map_shared(at.partial_sums + j, block)[0];
+    const T parts = sum_of_column(team, at.partial_sums, item.m, j), sum = dead ? T(1) + parts : parts;
     T r = sum;
     if (relaxed) {
         const T s = sum * level, G = at.G[j], offset = at.offset_b[c];

@@ -4,13 +4,15 @@
 // the conditions under which a pass on the kernel counts. What differs is who holds what:
 //   * a block holds the cost of its rows, their potentials, and everything of all columns that a pass over rows reads;
 //   * rows: a warp makes the sum of four rows; then a thread finishes each row;
-//   * columns: a thread makes the sum of a column over the block's rows; after a barrier of the cluster, the column's
-//     owner adds those of the blocks in their order, finishes it, and gives every block the result.
+//   * columns: a thread makes the sum of a column over the block's rows, or a part of them; after a barrier of the
+//     cluster, the column's owner adds those of the blocks in their order, finishes it, and gives every block the
+//     result.
 // A cloud with itself needs one potential and one half of this: self.h.
 // With `keeps_cost` there are two matrices. Else the kernel takes the place of the cost, which is formed again from the
 // points when it is needed: to absorb anew, or for iterations in the log domain.
 #pragma once
 
+#include "products.h"
 #include "relaxation.h"
 
 namespace otkern {
@@ -31,7 +33,7 @@ struct ForwardMemory {
     T *v, *new_v, *dead_b, *offset_b, *log_ratio;                                // of the block's columns
     Cloud<T> x, y;                                                               // the block's rows, all columns
     T *cost;
-    T *partial_sums, *partial_peaks;  // of all columns
+    T *partial_sums, *partial_peaks;  // of all columns, of the sums several parts where there are few
     T *kernel;
     char *stages;  // while the cost is formed: in place of the partial sums and of all that lies behind them
 
@@ -59,7 +61,7 @@ struct ForwardMemory {
         carver.take(cost, rows * m);
         Carver over = carver;
         over.take(stages, least_cost_bytes<T>());
-        carver.take(partial_sums, m);
+        carver.take(partial_sums, column_parts_count(size.threads, m));
         carver.take(partial_peaks, m);
         kernel = cost;
         if (size.keeps_cost) carver.take(kernel, rows * m);
@@ -124,7 +126,6 @@ class Sinkhorn {
     OTKERN_DEVICE void start_rows();
     OTKERN_DEVICE bool build_kernel();
     OTKERN_DEVICE void kernel_row_step(bool columns_too, bool compare);
-    OTKERN_DEVICE void kernel_dots();
     OTKERN_DEVICE bool kernel_column_step();
     OTKERN_DEVICE T kernel_column(int c, int j, T &smallest, T &largest);
     OTKERN_DEVICE bool kernel_mass_step(T loss);
@@ -207,10 +208,13 @@ OTKERN_DEVICE void Sinkhorn<T>::form() {
     if (has_cost) return;
     cost_rows(team, call.problem, item, at.x, at.y, first_row, rows, at.cost, item.m, at.stages);
     has_cost = true;
-    // Some twenty addresses, which the tiles of the cost have had no registers for.
+    // What the tiles of the cost have had no registers for.
+    const int n = recomputed(item.n), m = recomputed(item.m);
     Carver carver;
     carver.base = shared_memory();
-    at.carve(carver, team, size, recomputed(item.n), recomputed(item.m), call.problem.metric == Metric::cosine);
+    at.carve(carver, team, size, n, m, call.problem.metric == Metric::cosine);
+    team.slice(n, first_row, rows);
+    team.slice(m, first_column, columns);
     if (!exchanged) return;
     exchange(at.row_sums, at.counted_sums);
     exchange(at.v, at.new_v);
