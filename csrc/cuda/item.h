@@ -128,41 +128,17 @@ struct Cloud {
         return minimum(scale_by_power(T(1), -int(exponent[local])), T(sizeof(T) == 4 ? 3e38 : 1e308));
     }
 
-    // Of rows first, first + 1, .. to places local, local + 1, .. of `count` rows, a warp each: to `push`, to those of
-    // all blocks. Nothing may read them before a barrier, and then `settle` comes.
+    // Of rows first, first + 1, .. to places local, local + 1, .. of `count` rows: to `push`, to those of all blocks.
+    // Nothing may read them before a barrier, and then `settle` comes. A warp reads four rows at once.
     OTKERN_DEVICE void measure(const Team &team, int first, int local, int count, bool push) const {
         if (exponent == nullptr) return;
-        for (int i = team.warp; i < count; i += team.warps) {
-            T squares = 0, largest = 0;
-            for (int k = team.lane; k < features; k += kWarp) {
-                const T x = raw(first + i, k);
-                squares += x * x;
-                largest = maximum(largest, absolute(x));
-            }
-            squares = warp_sum(squares);
-            largest = warp_max(largest);
-            const bool scaled =
-                !(squares > Ordinary<T>::least && squares < Ordinary<T>::most) && largest > 0 && is_finite(largest);
-            const int power = scaled ? exponent_of_number(double(largest)) : 0;
-            if (power != 0) {
-                squares = 0;
-                for (int k = team.lane; k < features; k += kWarp) {
-                    const T x = scale_by_power(raw(first + i, k), -power);
-                    squares += x * x;
-                }
-                squares = warp_sum(squares);
-            }
-            if (team.lane != 0) continue;
-            // An error here is common to the whole row: worth a square root in double.
-            const T inverse = squares > 0 && is_finite(squares) ? T(1 / root_of(double(squares))) : T(0);
-            T *const places[] = {exponent + local + i, inverse_norm + local + i};
-            if (push) {
-                team.push(places[0], T(power));
-                team.push(places[1], inverse);
-            } else {
-                *places[0] = T(power);
-                *places[1] = inverse;
-            }
+        for (int i = team.warp * kRowsAtOnce; i < count; i += team.warps * kRowsAtOnce) {
+            T squares[kRowsAtOnce], largest[kRowsAtOnce];
+            sum_squares(team, first + i, minimum(kRowsAtOnce, count - i), squares, largest);
+            OTKERN_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r)
+                if (i + r < count)
+                    write_norm(team, first + i + r, local + i + r, warp_sum(squares[r]), warp_max(largest[r]), push);
         }
     }
     // Rows that are scaled first are not copied as they are. By the whole block.
@@ -171,6 +147,101 @@ struct Cloud {
         bool scaled = false;
         for (int i = team.thread; i < count; i += team.threads) scaled = scaled || exponent[i] != 0;
         if (team.any(scaled)) in_pieces = false;
+    }
+
+  private:
+    static constexpr int kRowsAtOnce = 4, kMostNumbers = sizeof(T) == 4 ? 8 : 2;  // the numbers of 16 bytes
+    struct alignas(16) Piece {
+        uint32_t words[4];
+    };
+
+    // Of `count` rows from `first` on the lane's sums of squares, and its largest number. A lane has every 32nd piece
+    // of 16 bytes, whether it is read as such or number by number.
+    OTKERN_DEVICE void sum_squares(const Team &team, int first, int count, T (&squares)[kRowsAtOnce],
+                                   T (&largest)[kRowsAtOnce]) const {
+        const int numbers = 16 / element_bytes(dtype);
+        OTKERN_UNROLL
+        for (int r = 0; r < kRowsAtOnce; ++r) squares[r] = largest[r] = 0;
+        for (int k = team.lane * numbers; k < features; k += kWarp * numbers) {
+            Piece pieces[kRowsAtOnce] = {};
+            if (in_pieces && k + numbers <= features) {
+                OTKERN_UNROLL
+                for (int r = 0; r < kRowsAtOnce; ++r)
+                    if (r < count) pieces[r] = *reinterpret_cast<const Piece *>(address(first + r, k));
+            } else {
+                OTKERN_UNROLL
+                for (int r = 0; r < kRowsAtOnce; ++r)
+                    if (r < count) pieces[r] = gathered(first + r, k);
+            }
+            OTKERN_UNROLL
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                T x[kMostNumbers];
+                numbers_of(pieces[r], x);
+                OTKERN_UNROLL
+                for (int q = 0; q < kMostNumbers; ++q) {
+                    squares[r] += x[q] * x[q];
+                    largest[r] = maximum(largest[r], absolute(x[q]));
+                }
+            }
+        }
+    }
+    // 16 bytes of features from `k` on, zeros behind the last.
+    OTKERN_DEVICE Piece gathered(int i, int k) const {
+        Piece piece = {};
+        OTKERN_UNROLL
+        for (int word = 0; word < 4; ++word) {
+            const int element = element_bytes(dtype);
+            if (element == 2) {
+                uint32_t low = 0, high = 0;
+                if (k + 2 * word < features) low = *reinterpret_cast<const uint16_t *>(address(i, k + 2 * word));
+                if (k + 2 * word + 1 < features)
+                    high = *reinterpret_cast<const uint16_t *>(address(i, k + 2 * word + 1));
+                piece.words[word] = low | high << 16;
+            } else {
+                const int number = word * 4 / element;
+                if (k + number < features)
+                    piece.words[word] =
+                        reinterpret_cast<const uint32_t *>(address(i, k + number))[word % (element / 4)];
+            }
+        }
+        return piece;
+    }
+    OTKERN_DEVICE void numbers_of(const Piece &piece, T (&x)[kMostNumbers]) const {
+        if constexpr (sizeof(T) == 8) {
+            memcpy(x, piece.words, 16);
+        } else {
+            OTKERN_UNROLL
+            for (int word = 0; word < 4; ++word) {
+                const uint32_t bits = piece.words[word];
+                const bool narrow = dtype != Dtype::f32;
+                x[2 * word] = narrow ? widened(dtype, uint16_t(bits)) : from_bits(bits);
+                x[2 * word + 1] = narrow ? widened(dtype, uint16_t(bits >> 16)) : T(0);
+            }
+        }
+    }
+    // By the warp, from the sums of a row.
+    OTKERN_DEVICE void write_norm(const Team &team, int row, int local, T squares, T largest, bool push) const {
+        const bool scaled =
+            !(squares > Ordinary<T>::least && squares < Ordinary<T>::most) && largest > 0 && is_finite(largest);
+        const int power = scaled ? exponent_of_number(double(largest)) : 0;
+        if (power != 0) {
+            squares = 0;
+            for (int k = team.lane; k < features; k += kWarp) {
+                const T x = scale_by_power(raw(row, k), -power);
+                squares += x * x;
+            }
+            squares = warp_sum(squares);
+        }
+        if (team.lane != 0) return;
+        // An error here is common to the whole row: worth a square root in double.
+        const T inverse = squares > 0 && is_finite(squares) ? T(1 / root_of(double(squares))) : T(0);
+        if (push) {
+            team.push(exponent + local, T(power));
+            team.push(inverse_norm + local, inverse);
+        } else {
+            exponent[local] = T(power);
+            inverse_norm[local] = inverse;
+        }
     }
 };
 
