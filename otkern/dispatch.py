@@ -17,13 +17,18 @@ def is_needed(fields: Iterable[Any]) -> bool:
     """Whether somebody listens to the ops: tracing, modes, transforms, or a tensor of another class in ``fields``."""
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return True
     for field in fields:  # a loop takes half the time of `any`
         kind = type(field)
-        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(field, Tensor):
+        if kind is Tensor or kind is torch.nn.Parameter:
+            # Not what its memory says: of a batch of gradients, or to be negated when it is read.
+            if field.is_neg() or torch._C._functorch.is_legacy_batchedtensor(field):
+                return True
+        elif isinstance(field, Tensor):
             return True
     return False
 

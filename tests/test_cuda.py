@@ -35,6 +35,8 @@ ORDERS = (
     {"backward": True, "ahead": True},
     {"pieces": True},
     {"pieces": True, "backward": True, "ahead": True},
+    {"eager": True},
+    {"eager": True, "pieces": True, "ahead": True},
 )
 
 
@@ -460,7 +462,8 @@ def on_hopper(monkeypatch):
     """As on a machine with a GPU of compute capability 9.0, for the choice of a backend."""
     monkeypatch.setattr(backends, "unavailable", lambda name, device: None if name != "cpu" else "CPU tensors only")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "holds", lambda device, dtype, longest: longest <= 64)
     return lambda table: monkeypatch.setattr(measured, "TABLE", table)
 
 
@@ -469,6 +472,7 @@ def on_hopper(monkeypatch):
     [
         ({}, torch.float32, 50, "triton", "not been timed"),
         (TIMED, torch.float32, 50, "cuda", None),
+        (TIMED, torch.float32, 100, "triton", "up to 128 points a side do not fit"),
         (TIMED, torch.float32, 300, "triton", "2.00 times as long as Triton in float32 at up to 512 points"),
         (TIMED, torch.float32, 20, "triton", "not been timed"),  # a smaller bracket, without an entry
         (TIMED, torch.float32, 5000, "triton", "not been timed"),
@@ -485,6 +489,22 @@ def test_cuda_is_chosen_where_it_was_measured_to_be_faster(on_hopper, table, dty
     assert ("cuda" in refused) == (why is not None)
     assert why is None or why in refused["cuda"]
     assert backends.choose(None, "cpu", size=size) != "cuda"
+
+
+def test_a_compiled_graph_asks_the_table(monkeypatch):
+    asked = []
+    monkeypatch.setattr(measured, "TABLE", TIMED)
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(backends, "_cuda_is_slower", lambda size: asked.append(size) or "no")
+
+    def solve(x):
+        # What a call on a GPU asks, of a tensor that is on none.
+        size = backends.size_of(torch.device("cuda", 1), x.dtype, x.shape[0])
+        return x + len(backends.choose(None, "cuda", size=size))
+
+    compiled = torch.compile(solve, fullgraph=True, backend="eager", dynamic=True)
+    assert torch.equal(compiled(torch.zeros(50)), torch.full((50,), 6.0))
+    assert asked[-1] == (1, "float32", 64)
 
 
 @needs_executor

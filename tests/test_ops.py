@@ -194,6 +194,39 @@ def test_vmap_over_unbatched_problems_equals_the_batch(backend, device):
     assert torch.equal(torch.vmap(value)(x, y), value(x, y))
 
 
+def test_a_batch_of_cotangents_gives_each_its_gradient(backend, device):
+    x, y = points(device=device)
+    values = otkern.solve_sample(x, y, reg=0.5, backend=backend).value
+    each = torch.eye(len(values), device=device)
+    together = torch.autograd.grad(values, (x, y), each, retain_graph=True, is_grads_batched=True)
+    for k, cotangent in enumerate(each):
+        alone = torch.autograd.grad(values, (x, y), cotangent, retain_graph=True)
+        for got, want in zip(together, alone, strict=True):
+            torch.testing.assert_close(got[k], want)
+
+
+def test_a_tensor_that_is_to_be_negated_is_read_as_such(backend, device):
+    x, y = points(requires_grad=False, device=device)
+    lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert lazy.is_neg() and torch.equal(lazy, x)
+    for first, second in ((lazy, y), (y, lazy)):
+        expected = otkern.solve_sample(first.resolve_neg(), second.resolve_neg(), reg=0.5, backend=backend)
+        assert torch.equal(otkern.solve_sample(first, second, reg=0.5, backend=backend).value, expected.value)
+
+
+def test_a_trace_holds_no_result(backend, device):
+    def value(x, y):
+        return otkern.solve_sample(x, y, reg=0.5, backend=backend, check=False).value
+
+    first, second = (points(batch=b, requires_grad=False, device=device) for b in (2, 2))
+    second[0] += 1
+    try:
+        traced = torch.jit.trace(value, tuple(first), check_trace=False)
+    except RuntimeError:
+        return  # said, and not silently wrong
+    torch.testing.assert_close(traced(*second), value(*second))
+
+
 def test_saves_inputs_and_potentials_but_no_matrix(backend, device):
     n, m, d = 40, 30, 3
     x, y = points(batch=1, n=n, m=m, d=d, device=device)

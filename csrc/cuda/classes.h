@@ -32,7 +32,7 @@ int first_class(const std::vector<SizeClass> &classes, int64_t n, int64_t m, F b
 // `exact_sizes` every item has them.
 template <class Arguments, class F, class G>
 void launch_classes(const char *kernel, Arguments arguments, const std::vector<SizeClass> &classes,
-                    const Limits &limits, int64_t n, int64_t m, bool exact_sizes, F bytes, G run) {
+                    const Limits &limits, int registers, int64_t n, int64_t m, bool exact_sizes, F bytes, G run) {
     const int largest = first_class(classes, n, m, bytes);
     if (largest < 0)
         throw std::runtime_error(std::string(kernel) + " has no size class for items of " + std::to_string(n) + " x " +
@@ -46,7 +46,7 @@ void launch_classes(const char *kernel, Arguments arguments, const std::vector<S
         grid.threads = classes[k].threads;
         // No more than the longest sides can need: that leaves room for other blocks, and the class as it is.
         const int64_t needed = bytes(classes[k], maximum<int64_t>(n, 1), maximum<int64_t>(m, 1));
-        grid.shared_bytes = roomy_bytes(limits, minimum(classes[k].bytes, needed), grid.threads);
+        grid.shared_bytes = roomy_bytes(limits, minimum(classes[k].bytes, needed), grid.threads, registers);
         const int64_t items = kMostBlocks / grid.cluster;
         for (int64_t first = 0; first < batch; first += items) {
             arguments.first_item = first;

@@ -153,8 +153,8 @@ void forward(const ForwardCall &call, bool exact_sizes, bool log_domain_only, co
     arguments.call = call;
     arguments.log_domain_only = log_domain_only;
     launch_classes(
-        "sinkhorn_forward_kernel", arguments, forward_classes(limits), limits, p.max_a + null, p.max_b + null,
-        exact_sizes,
+        "sinkhorn_forward_kernel", arguments, forward_classes(limits), limits, kForwardRegisters, p.max_a + null,
+        p.max_b + null, exact_sizes,
         [&](const SizeClass &size, int64_t n, int64_t m) { return forward_bytes(wide, size, n, m, directions); },
         [&](const ForwardArguments &part, const Grid &grid) {
             if (wide)

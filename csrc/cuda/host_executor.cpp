@@ -306,7 +306,9 @@ Executor::Copy Executor::copy_of(void *to, const void *from, int bytes) {
 }
 
 void Executor::start_copy(void *to, const void *from) {
-    pieces[current - fibers.data()].back().push_back(copy_of(to, from, 16));
+    const Copy copy = copy_of(to, from, 16);
+    if (order.eager) memcpy(copy.to, copy.from, copy.bytes);
+    pieces[current - fibers.data()].back().push_back(copy);
 }
 
 void Executor::commit_copies() {
@@ -359,6 +361,7 @@ void Executor::expect_bytes(const uint64_t *barrier, int bytes) {
 void Executor::start_bulk_copy(void *to, const void *from, int bytes, const uint64_t *barrier) {
     Barrier &mine = barrier_of(barrier);
     mine.copies.push_back(copy_of(to, from, bytes));
+    if (order.eager) memcpy(mine.copies.back().to, mine.copies.back().from, mine.copies.back().bytes);
     mine.started += bytes;
     end_phase(mine);
 }

@@ -6,7 +6,9 @@
 //   * shared memory is filled with NaN before each block, and its end is watched;
 //   * threads that wait where others never come, or end while others wait, are an error that names the kernel;
 //   * so is an address mapped into a block that has ended, or that is not of shared memory;
-//   * copies that run by themselves arrive when a thread waits for them and not before: who forgets to wait reads NaN.
+//   * copies that run by themselves arrive when a thread waits for them and not before, so that who forgets to wait
+//   reads
+//     NaN; or, with another order, at once.
 #pragma once
 
 #include <cstddef>
@@ -56,9 +58,10 @@ void run_grid(const char *name, const Grid &grid, void (*run)(const void *), con
 
 // Which of the threads that can go on does: those released together from the first or from the last one on, and the
 // groups in turn, or the latest group first, so that one block runs ahead of the others as far as barriers let it. With
-// `pieces` there are no bulk copies, as before compute capability 9.
+// `pieces` there are no bulk copies, as before compute capability 9. With `eager` copies arrive when they start: who
+// starts one into memory that is still in use spoils it.
 struct Order {
-    bool backward = false, ahead = false, pieces = false;
+    bool backward = false, ahead = false, pieces = false, eager = false;
 };
 void set_order(const Order &order);
 

@@ -10,10 +10,13 @@ PYBIND11_MODULE(_cuda_host, module) {
     pybind11::module_::import("otkern._native");
     otkern::cuda::bindings::bind(module);
     module.def(
-        "set_order", [](bool backward, bool ahead, bool pieces) { host::set_order({backward, ahead, pieces}); },
+        "set_order",
+        [](bool backward, bool ahead, bool pieces, bool eager) { host::set_order({backward, ahead, pieces, eager}); },
         pybind11::arg("backward") = false, pybind11::arg("ahead") = false, pybind11::arg("pieces") = false,
-        "The order in which waiting threads go on, and whether copies are made in pieces of 16 bytes only; results "
-        "must not depend on it.");
+        pybind11::arg("eager") = false,
+        "The order in which waiting threads go on, whether copies are made in pieces of 16 bytes only, and whether "
+        "they "
+        "arrive at once; results must not depend on it.");
     module.def("probe", &otkern::cuda::host::probe, pybind11::arg("name"),
                "Runs a small kernel that shows one property of the executor, and returns what it wrote.");
 }

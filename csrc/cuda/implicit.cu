@@ -63,7 +63,7 @@ void implicit(const ImplicitCall &call, bool exact_sizes, const Limits &limits, 
     ImplicitArguments arguments;
     arguments.call = call;
     launch_classes(
-        "implicit_kernel", arguments, implicit_classes(limits), limits, p.max_a, p.max_b, exact_sizes,
+        "implicit_kernel", arguments, implicit_classes(limits), limits, kOtherRegisters, p.max_a, p.max_b, exact_sizes,
         [&](const SizeClass &size, int64_t n, int64_t m) { return implicit_bytes(wide, size, n, m, directions); },
         [&](const ImplicitArguments &part, const Grid &grid) {
             if (wide)

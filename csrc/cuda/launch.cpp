@@ -42,9 +42,9 @@ int plan_rows(const Limits &limits, bool wide, int64_t n, int64_t m, int64_t bat
     return rows;
 }
 
-int64_t roomy_bytes(const Limits &limits, int64_t bytes, int threads) {
-    constexpr int64_t reserve = kKilo;                     // of each block, taken by the system
-    const int64_t by_registers = 65536 / (256 * threads);  // at the most that a thread can have
+int64_t roomy_bytes(const Limits &limits, int64_t bytes, int threads, int registers) {
+    constexpr int64_t reserve = kKilo;  // of each block, taken by the system
+    const int64_t by_registers = 65536 / (registers * threads);
     const int64_t whole = limits.shared_bytes + reserve;
     const int64_t blocks = std::max<int64_t>(1, std::min(by_registers, whole / (bytes + reserve)));
     return std::max(bytes, (whole / blocks - reserve) / 16 * 16);

@@ -27,8 +27,9 @@ int plan_rows(const Limits &limits, bool wide, int64_t n, int64_t m, int64_t bat
 int64_t plan_bytes(bool wide, int rows, int64_t m, bool directions);
 
 // What a block that needs `bytes` of shared memory may have without keeping another one off its multiprocessor: it goes
-// to what is on its way.
-int64_t roomy_bytes(const Limits &limits, int64_t bytes, int threads);
+// to what is on its way. A thread of the kernel takes at least so many registers, on every target.
+int64_t roomy_bytes(const Limits &limits, int64_t bytes, int threads, int registers);
+constexpr int kForwardRegisters = 232, kOtherRegisters = 136;
 
 // The same problem with its sides exchanged.
 Problem exchanged(const Problem &problem);

@@ -254,7 +254,8 @@ void launch_plan(PlanArguments arguments, const Limits &limits, F run) {
     const int64_t tiles = arguments.tiles * p.batch;
     Grid grid;
     grid.threads = kThreads;
-    grid.shared_bytes = roomy_bytes(limits, plan_bytes(wide, arguments.rows, m, directions), grid.threads);
+    grid.shared_bytes =
+        roomy_bytes(limits, plan_bytes(wide, arguments.rows, m, directions), grid.threads, kOtherRegisters);
     for (int64_t first = 0; first < tiles; first += kMostBlocks) {
         arguments.first_tile = first;
         grid.blocks = minimum(kMostBlocks, tiles - first);

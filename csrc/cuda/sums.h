@@ -14,12 +14,15 @@ namespace cuda {
 
 constexpr int kTile = 32;  // rows of a warp, and columns, but for half of them in fp64: registers
 
-// x = high + low, each of 11 bits, but for 2^-22 of x.
+// x = high + low, each of 11 bits, but for 2^-22 of x. What rounding would make infinite is cut, and infinity has no
+// rest.
 struct Halves {
     uint32_t high, low;
     OTKERN_DEVICE explicit Halves(float x) {
-        high = to_tf32(x);
-        low = to_tf32(x - from_bits(high));
+        const uint32_t rounded = to_tf32(x);
+        high = is_finite(from_bits(rounded)) ? rounded : bits_of(x) & 0xffffe000;
+        const float rest = x - from_bits(high);
+        low = is_finite(rest) ? to_tf32(rest) : 0;
     }
 };
 template <int count>
@@ -131,9 +134,11 @@ struct MatrixSums {
     }
     OTKERN_DEVICE static void add_three(const uint32_t (&x_high)[4], const uint32_t (&x_low)[4],
                                         const uint32_t (&y_high)[2], const uint32_t (&y_low)[2], float (&sum)[4]) {
-        float step[4] = {};
+        // The small parts each by itself: with the sides exchanged the sum is the same to the bit.
+        float step[4] = {}, other[4] = {};
         multiply_matrices_tf32(x_low, y_high, step);
-        multiply_matrices_tf32(x_high, y_low, step);
+        multiply_matrices_tf32(x_high, y_low, other);
+        add(other, step);
         multiply_matrices_tf32(x_high, y_high, step);
         add(step, sum);
     }

@@ -314,7 +314,7 @@ void symmetric(const SymmetricCall &call, bool exact_sizes, const Limits &limits
     SymmetricArguments arguments;
     arguments.call = call;
     launch_classes(
-        "symmetric_kernel", arguments, implicit_classes(limits), limits, p.max_a, p.max_b, exact_sizes,
+        "symmetric_kernel", arguments, implicit_classes(limits), limits, kOtherRegisters, p.max_a, p.max_b, exact_sizes,
         [&](const SizeClass &size, int64_t n, int64_t m) { return symmetric_bytes(wide, size, n, m, directions); },
         [&](const SymmetricArguments &part, const Grid &grid) {
             if (wide)

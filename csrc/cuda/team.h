@@ -19,7 +19,8 @@ struct Carver {
     template <class T>
     OTKERN_BOTH void take(T *&pointer, int64_t count) {
         pointer = reinterpret_cast<T *>(base + used);
-        used += round_up(count * int64_t(sizeof(T)), 16);
+        // Whole groups of four numbers: vectors are read in those.
+        used += round_up(count * int64_t(sizeof(T)), maximum<int64_t>(16, 4 * sizeof(T)));
     }
 };
 

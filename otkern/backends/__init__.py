@@ -75,22 +75,29 @@ def choose(
     if device_type == "cpu":
         # The interpreter makes Triton possible on CPU tensors, never fast.
         return "reference" if unavailable("cpu", "cpu") else "cpu"
-    passed_over = () if _cuda_is_faster(device_type, size) else ("cuda",)
+    passed_over = ("cuda",) if _cuda_is_slower(size) else ()
     return next(name for name in BACKENDS if name not in passed_over and unavailable(name, device_type) is None)
 
 
 def size_of(device: torch.device, dtype: torch.dtype, longest: int) -> measured.Size | None:
-    """What `choose` asks the table with; None, without a look at the size, where no table could say anything."""
-    if device.type != "cuda" or not measured.TABLE:
+    """What `choose` asks the table with; None, without a look at the size, where no table could say anything.
+
+    An exported program is for every size, and none may decide.
+    """
+    if device.type != "cuda" or not measured.TABLE or torch.compiler.is_exporting():
         return None
-    return measured.size_of(str(dtype).removeprefix("torch."), longest)
+    return measured.size_of(device.index or 0, str(dtype).removeprefix("torch."), longest)
 
 
-def _cuda_is_faster(device_type: str, size: measured.Size | None) -> bool:
-    if device_type != "cuda" or unavailable("cuda", "cuda") is not None:
-        return False
-    found = measured.ratio(torch.cuda.get_device_capability(), size) if torch.cuda.is_available() else None
-    return found is not None and found < 1
+def _cuda_is_slower(size: measured.Size | None) -> str | None:
+    """Why Triton is preferred to CUDA on a GPU, in words; None: it is not."""
+    known = size is not None and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(size[0]) if size is not None and known else (0, 0)
+    if (reason := measured.slower(capability, size)) is not None:
+        return reason
+    if size is not None and unavailable("cuda", "cuda") is None and not load("cuda").holds(*size):
+        return f"problems of up to {size[2]} points a side do not fit into the clusters of this device"
+    return None
 
 
 def launches(name: str) -> bool:
@@ -110,8 +117,7 @@ def refusals(
             return passed_over
         reason = unavailable(name, device_type) or served_by_reference
         if reason is None and name == "cuda":
-            here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-            reason = measured.reason(here, size)
+            reason = _cuda_is_slower(size)
         if reason is not None:
             passed_over.append((name, reason))
     return passed_over

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from typing import NamedTuple
 
 # Points of the longest side, null points not counted. An entry speaks for all sizes up to it that the one before does
 # not cover. The last is what clusters of sixteen blocks hold whatever the metric.
@@ -17,40 +16,35 @@ BRACKETS = (16, 32, 64, 128, 256, 512, 880)
 TABLE: dict[str, dict] = json.loads(resources.files(__package__).joinpath("measured.json").read_text("utf-8"))
 
 
-class Size(NamedTuple):
-    """What of a call decides, in constants: a compiled graph keeps the decision."""
-
-    dtype: str
-    bracket: int  # of BRACKETS
+# What of a call decides: index of the device, dtype, one of BRACKETS. Of constants in a plain tuple, which is what a
+# compiled graph can keep.
+Size = tuple[int, str, int]
 
 
-def size_of(dtype: str, longest: int) -> Size | None:
+def size_of(device: int, dtype: str, longest: int) -> Size | None:
     """None beyond the last bracket."""
     for bracket in BRACKETS:
         if longest <= bracket:
-            return Size(dtype, bracket)
+            return device, dtype, bracket
     return None
 
 
-def ratio(capability: tuple[int, int], size: Size | None) -> float | None:
-    """Time of the CUDA backend over that of Triton; None where they were not timed."""
-    if size is None:
-        return None
-    timed = TABLE.get(name_of(capability), {}).get("cuda_over_triton", {})
-    return timed.get(size.dtype, {}).get(str(size.bracket))
-
-
-def reason(capability: tuple[int, int], size: Size | None) -> str:
-    """Why the CUDA backend is not chosen, in words."""
-    found = ratio(capability, size)
-    if found is None or size is None:
+def slower(capability: tuple[int, int], size: Size | None) -> str | None:
+    """Why the CUDA backend is not the faster one, as far as is known, in words; None: it is."""
+    key = name_of(capability)
+    _, dtype, bracket = size or (0, "", 0)
+    found = TABLE.get(key, {}).get("cuda_over_triton", {}).get(dtype, {}).get(str(bracket))
+    if found is None:
         return "it has not been timed beside Triton for this size on such a device; backend='cuda' asks for it"
-    entry = TABLE[name_of(capability)]
+    if found < 1:
+        return None
+    entry = TABLE[key]
     return (
-        f"it took {found:.2f} times as long as Triton in {size.dtype} at up to {size.bracket} points a side on an "
+        f"it took {found:.2f} times as long as Triton in {dtype} at up to {bracket} points a side on an "
         f"{entry['gpu']} ({entry['date']}, commit {entry['commit']})"
     )
 
 
 def name_of(capability: tuple[int, int]) -> str:
+    """The key of a device in the table."""
     return "{}.{}".format(*capability)
