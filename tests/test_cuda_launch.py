@@ -107,3 +107,48 @@ def test_rows_of_the_plan_fit_wherever_the_forward_does():
         rows, used = native().cuda_plan_rows(limits, wide, n, m, 300, directions)
         assert rows in (0, 1, 2, 4, 8, 16, 32, 64, 128) and used <= limits[0]
         assert rows > 0 or not any(fits(limits, "forward", wide, n, m, directions))
+
+
+def test_more_shared_memory_keeps_no_block_off():
+    generator = random.Random(1)
+    for _ in range(DRAWS):
+        limits = generator.choice(list(LIMITS.values()))
+        threads, registers = generator.choice((64, 128, 256)), generator.choice((136, 232))
+        needed = generator.randint(1, limits[0])
+        given = native().cuda_roomy_bytes(limits, needed, threads, registers)
+        # A block also takes a KiB of the system; registers are given out in whole warps.
+        whole = limits[0] + KILO
+        by_registers = 65536 // (registers * threads)
+        blocks = max(1, min(by_registers, whole // (needed + KILO)))
+        assert needed <= given <= limits[0]
+        assert blocks * (given + KILO) <= whole
+        assert (blocks + 1) * (given + 16 + KILO) > whole or given + 16 > limits[0]
+
+
+def test_tiles_fit_into_any_memory_that_holds_the_least_one():
+    generator = random.Random(2)
+    for _ in range(DRAWS):
+        warps, rows = generator.choice((2, 4, 8)), generator.randint(1, 1000)
+        columns, wide = generator.randint(1, 1000), generator.choice((16, 32))
+        least = 32 + 64 * (32 + 16)
+        memory = least + int(2 ** generator.uniform(0, 17.8)) - 1
+        down, across, width, used = native().cuda_cost_tiles(warps, rows, columns, wide, 2 * columns, memory)
+        assert 1 <= down * across <= warps and down * 32 < rows + 32 * 2
+        assert width in (32, 64, 128, 256)
+        assert used == 32 + (32 * down + wide * across) * (width + 16) <= memory
+        # No warp without a column, as far as halving goes.
+        assert across == 1 or across // 2 * wide < columns
+
+
+def test_tiles_of_products_fit_into_any_memory_that_holds_the_least_one():
+    generator = random.Random(3)
+    for _ in range(DRAWS):
+        rows, m = generator.randint(1, 128), generator.randint(1, 1000)
+        features, element = generator.randint(1, 1000), generator.choice((2, 4))
+        least = 32 + 16 * (32 * element + 16)
+        memory = least + int(2 ** generator.uniform(0, 17.8)) - 1
+        down, across, points, used = native().cuda_product_tiles(8, rows, m, features, element, memory)
+        assert 32 * (down - 1) < rows <= 32 * down and 1 <= down * across <= 8
+        assert points in (16, 32, 64)
+        assert used == 32 + points * (32 * across * element + 16) <= memory
+        assert across == 1 or across // 2 * 32 < features

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "tiles.h"
 
 namespace otkern {
 namespace cuda {
@@ -220,6 +221,29 @@ inline void bind(py::module_ &module) {
     module.def("cuda_bytes", &bytes_of, py::arg("kernel"), py::arg("limits"), py::arg("number"), py::arg("wide"),
                py::arg("n"), py::arg("m"), py::arg("directions"),
                "Shared memory that an item of n x m takes in a class, null points counted.");
+    module.def(
+        "cuda_roomy_bytes",
+        [](const GivenLimits &limits, int64_t bytes, int threads, int registers) {
+            return roomy_bytes(limits_of(limits), bytes, threads, registers);
+        },
+        py::arg("limits"), py::arg("bytes"), py::arg("threads"), py::arg("registers"),
+        "Shared memory of a block that needs so much and may have more where that keeps no other block off.");
+    module.def(
+        "cuda_cost_tiles",
+        [](int warps, int rows, int columns, int wide, int64_t feature_bytes, int64_t memory) {
+            const CostTiles tiles(warps, rows, columns, wide, feature_bytes, memory);
+            return std::make_tuple(tiles.down, tiles.across, tiles.width, tiles.bytes(1, tiles.width));
+        },
+        py::arg("warps"), py::arg("rows"), py::arg("columns"), py::arg("wide"), py::arg("feature_bytes"),
+        py::arg("memory"), "Warps down and across a tile of the cost, bytes of features in a stage, bytes of a stage.");
+    module.def(
+        "cuda_product_tiles",
+        [](int warps, int rows, int m, int features, int element, int64_t memory) {
+            const ProductTiles tiles(warps, rows, m, features, element, memory);
+            return std::make_tuple(tiles.down, tiles.across, tiles.points, tiles.bytes(1, tiles.points));
+        },
+        py::arg("warps"), py::arg("rows"), py::arg("m"), py::arg("features"), py::arg("element"), py::arg("memory"),
+        "Warps down and across a tile of a product with points, points in a stage, bytes of a stage.");
     module.def(
         "cuda_limits",
         [](int device) {

@@ -19,32 +19,6 @@ OTKERN_BOTH bool is_of_differences(Metric metric) {
     return metric == Metric::sqeuclidean || metric == Metric::euclidean;
 }
 
-// The memory that forming a cost takes at least: one tile of one warp. What there is beyond it makes it faster.
-template <class T>
-OTKERN_BOTH constexpr int64_t least_cost_bytes() {
-    return Stages<T>::least_bytes(2 * kTile);
-}
-
-// How the warps of a block lie over the cost, 32 x `wide` entries each, and how much of the features a stage holds.
-template <int wide>
-struct CostTiles {
-    int down, across, width;
-
-    OTKERN_DEVICE CostTiles(const Team &team, int rows, int columns, int64_t features_bytes, int64_t memory) {
-        const auto fit = [&](int stages, int bytes) {
-            return Stages<float>::bytes_of(stages, this->rows() + this->columns(), bytes) <= memory;
-        };
-        down = rows > kTile && team.warps >= 4 ? 2 : 1;
-        across = team.warps / down;
-        while (across > 1 && ((across / 2) * wide >= columns || !fit(1, kStep))) across /= 2;
-        if (!fit(1, kStep)) down = 1;
-        width = 8 * kStep;
-        while (width > kStep && (width / 2 >= features_bytes || !fit(3, width))) width /= 2;
-    }
-    OTKERN_DEVICE int rows() const { return kTile * down; }
-    OTKERN_DEVICE int columns() const { return wide * across; }
-};
-
 // cost(i, j) to `out` + i pitch + j for rows first .. first + rows of `a` and all columns; by the whole block, which is
 // in step before and after. `memory`, and all shared memory behind it, is free.
 template <class Sums, class T>
@@ -52,8 +26,8 @@ OTKERN_DEVICE void form_cost(const Team &team, Metric metric, const Cloud<T> &a,
                              int columns, T *out, int pitch, char *memory) {
     if (rows == 0 || columns == 0) return;
     const int element = element_bytes(a.dtype);
-    const CostTiles<Sums::columns> tiles(team, rows, columns, int64_t(a.features) * element,
-                                         Stages<T>::memory_from(memory));
+    const CostTiles tiles(team.warps, rows, columns, Sums::columns, int64_t(a.features) * element,
+                          Stages<T>::memory_from(memory));
     Stages<T> stages(memory, a.dtype, tiles.rows() + tiles.columns(), tiles.width);
     const int across = int(ceil_div(columns, tiles.columns())), down = int(ceil_div(rows, tiles.rows()));
     const int loads = maximum(1, int(ceil_div(a.features, stages.features())));  // of a tile

@@ -44,7 +44,7 @@ struct AdjointMemory {
         points_y.carve(carver, int(m), directions);
         carver.take(matrix, rows * m);
         Carver over = carver;
-        over.take(stages, least_cost_bytes<T>());
+        over.take(stages, CostTiles::least_bytes());
         carver.take(partial_sums, column_parts_count(size.threads, m));
         carver.used = maximum(carver.used, over.used);
     }

@@ -15,15 +15,6 @@
 namespace otkern {
 namespace cuda {
 
-// Rows of points that meet the weights in one step of the matrix units; in fp32 in two.
-constexpr int kProductRows = 16;
-
-// The memory that their products with the points take at least: one tile of one warp.
-template <class T>
-OTKERN_BOTH constexpr int64_t least_product_bytes() {
-    return Stages<T>::bytes_of(1, kProductRows, kTile * int(sizeof(T)));
-}
-
 template <class T>
 struct PlanMemory {
     T *b, *g, *col;   // of all columns; the weights of call.h where they are given
@@ -45,7 +36,7 @@ struct PlanMemory {
         carver.take(along, count);
         carver.take(unit, count);
         carver.take(rows, int64_t(count) * pitch);
-        carver.take(stages, maximum(least_cost_bytes<T>(), least_product_bytes<T>()));
+        carver.take(stages, maximum(CostTiles::least_bytes(), ProductTiles::least_bytes(int(sizeof(T)))));
     }
 };
 
@@ -271,15 +262,9 @@ template <class T, class F>
 OTKERN_DEVICE void matrix_sums(const PlanTile<T> &tile, const Cloud<T> &z, int features, F write) {
     const Team &team = tile.team;
     const int element = element_bytes(z.dtype), m = tile.item.m;
-    const int64_t memory = Stages<T>::memory_from(tile.at.stages);
-    const int down = minimum(int(ceil_div(tile.count, kTile)), team.warps);
-    int across = team.warps / down, rows = 4 * kProductRows;
-    while (across > 1 &&
-           (across / 2 * kTile >= features || Stages<T>::bytes_of(1, kProductRows, across * kTile * element) > memory))
-        across /= 2;
-    const int wide = across * kTile;
-    while (rows > kProductRows && (rows / 2 >= m || Stages<T>::bytes_of(2, rows, wide * element) > memory)) rows /= 2;
-    Stages<T> stages(tile.at.stages, z.dtype, rows, wide * element);
+    const ProductTiles tiles(team.warps, tile.count, m, features, element, Stages<T>::memory_from(tile.at.stages));
+    const int across = tiles.across, rows = tiles.points, wide = tiles.columns();
+    Stages<T> stages(tile.at.stages, z.dtype, rows, tiles.width());
     const int loads = int(ceil_div(m, rows));  // of a tile of features
     const int i0 = team.warp / across * kTile, column = team.warp % across * kTile;
     const int step = z.dtype == Dtype::f32 ? kProductRows / 2 : kProductRows;

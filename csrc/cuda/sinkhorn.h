@@ -60,7 +60,7 @@ struct ForwardMemory {
         y.carve(carver, int(m), directions);
         carver.take(cost, rows * m);
         Carver over = carver;
-        over.take(stages, least_cost_bytes<T>());
+        over.take(stages, CostTiles::least_bytes());
         carver.take(partial_sums, column_parts_count(size.threads, m));
         carver.take(partial_peaks, m);
         kernel = cost;

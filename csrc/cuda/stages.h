@@ -8,12 +8,10 @@
 #pragma once
 
 #include "item.h"
+#include "tiles.h"
 
 namespace otkern {
 namespace cuda {
-
-constexpr int kPiece = 16, kMostStages = 4;  // bytes of a copy; stages
-constexpr int kStep = 32;                    // bytes of features that are multiplied at once
 
 // Rows [from, from + count) of a cloud, to rows [place, place + room) of a stage: zeros where there are none. `local`
 // is the place of the first one in what is measured of the cloud.
@@ -31,12 +29,6 @@ struct StageLoad {
 template <class T>
 class Stages {
   public:
-    // Of one stage as narrow as can be.
-    OTKERN_BOTH static constexpr int64_t least_bytes(int rows) { return bytes_of(1, rows, kStep); }
-    OTKERN_BOTH static constexpr int64_t bytes_of(int stages, int rows, int width) {
-        return kMostStages * int64_t(sizeof(uint64_t)) + int64_t(stages) * rows * (width + kPiece);
-    }
-
     // Stages of `rows` rows and of `width` bytes of features, a multiple of 32, in the block's shared memory from
     // `memory` to its end.
     OTKERN_DEVICE Stages(char *memory, Dtype dtype, int rows, int width_)
@@ -48,7 +40,7 @@ class Stages {
           bytes(rows * pitch) {
         const int64_t room = memory_from(memory);
         count = kMostStages;
-        while (count > 1 && bytes_of(count, rows, width) > room) --count;
+        while (count > 1 && stage_bytes(count, rows, width) > room) --count;
     }
     OTKERN_DEVICE static int64_t memory_from(const char *memory) { return shared_memory() + shared_bytes() - memory; }
 

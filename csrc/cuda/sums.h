@@ -12,8 +12,6 @@
 namespace otkern {
 namespace cuda {
 
-constexpr int kTile = 32;  // rows of a warp, and columns, but for half of them in fp64: registers
-
 // x = high + low, each of 11 bits, but for 2^-22 of x. What rounding would make infinite is cut, and infinity has no
 // rest.
 struct Halves {

@@ -36,7 +36,7 @@ struct AnnealingMemory {
         y.carve(carver, int(m), directions);
         carver.take(cost, rows * m);
         Carver over = carver;
-        over.take(stages, least_cost_bytes<T>());
+        over.take(stages, CostTiles::least_bytes());
         carver.take(partial_sums, m);
         carver.take(partial_peaks, m);
         carver.used = maximum(carver.used, over.used);
