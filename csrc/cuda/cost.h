@@ -33,6 +33,7 @@ OTKERN_DEVICE void form_cost(const Team &team, Metric metric, const Cloud<T> &a,
     const int loads = maximum(1, int(ceil_div(a.features, stages.features())));  // of a tile
     const int row = team.warp / tiles.across * kTile, column = team.warp % tiles.across * Sums::columns;
     const auto row_of = [&](int c) { return c / loads / across * tiles.rows(); };
+    const auto feature_of = [&](int c) { return c % loads * stages.features(); };
     const auto column_of = [&](int c) { return c / loads % across * tiles.columns(); };
     Sums sums;
     stages.run(
@@ -43,15 +44,16 @@ OTKERN_DEVICE void form_cost(const Team &team, Metric metric, const Cloud<T> &a,
             const int count_a = minimum(tiles.rows(), rows - i0), count_b = minimum(tiles.columns(), columns - j0);
             load.rows[0] = {&a, first + i0, i0, count_a, 0, count_a};
             load.rows[1] = {&b, j0, j0, count_b, tiles.rows(), count_b};
-            load.feature = c % loads * stages.features();
+            load.feature = feature_of(c);
             return load;
         },
-        [&](int c, const char *stage, int steps) {
+        [&](int c, const char *stage) {
             const int i0 = row_of(c) + row, j0 = column_of(c) + column;
             if (row >= tiles.rows() || i0 >= rows || j0 >= columns) return;
             if (c % loads == 0) sums.clear();
             const char *const left = stage + row * stages.pitch;
             const char *const right = stage + (tiles.rows() + column) * stages.pitch;
+            const int steps = stages.steps(a, feature_of(c));
             OTKERN_ROLLED
             for (int k = 0; k < steps; ++k)
                 sums.add_inner(left + k * kStep, right + k * kStep, stages.pitch, a.dtype, team.lane);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "team.h"
+#include "tiles.h"
 
 namespace otkern {
 namespace cuda {
@@ -94,8 +95,8 @@ struct Cloud {
         stride_col = points.stride_col;
         features = int(p.features);
         const int64_t element = element_bytes(dtype);
-        in_pieces =
-            stride_col == 1 && stride_row * element % 16 == 0 && reinterpret_cast<uint64_t>(address(0, 0)) % 16 == 0;
+        in_pieces = stride_col == 1 && stride_row * element % kPiece == 0 &&
+                    reinterpret_cast<uint64_t>(address(0, 0)) % kPiece == 0;
     }
     OTKERN_DEVICE const char *address(int i, int k) const {
         return static_cast<const char *>(data) + (offset + i * stride_row + k * stride_col) * element_bytes(dtype);
@@ -150,8 +151,8 @@ struct Cloud {
     }
 
   private:
-    static constexpr int kRowsAtOnce = 4, kMostNumbers = sizeof(T) == 4 ? 8 : 2;  // the numbers of 16 bytes
-    struct alignas(16) Piece {
+    static constexpr int kRowsAtOnce = 4, kMostNumbers = sizeof(T) == 4 ? 8 : 2;  // of a piece
+    struct alignas(kPiece) Piece {
         uint32_t words[4];
     };
 
@@ -159,63 +160,53 @@ struct Cloud {
     // of 16 bytes, whether it is read as such or number by number.
     OTKERN_DEVICE void sum_squares(const Team &team, int first, int count, T (&squares)[kRowsAtOnce],
                                    T (&largest)[kRowsAtOnce]) const {
-        const int numbers = 16 / element_bytes(dtype);
+        const int numbers = kPiece / element_bytes(dtype);
         OTKERN_UNROLL
         for (int r = 0; r < kRowsAtOnce; ++r) squares[r] = largest[r] = 0;
+        const auto add = [&](int r, const T(&x)[kMostNumbers]) {
+            OTKERN_UNROLL
+            for (int q = 0; q < kMostNumbers; ++q) {
+                squares[r] += x[q] * x[q];
+                largest[r] = maximum(largest[r], absolute(x[q]));
+            }
+        };
         for (int k = team.lane * numbers; k < features; k += kWarp * numbers) {
-            Piece pieces[kRowsAtOnce] = {};
+            T x[kMostNumbers] = {};
             if (in_pieces && k + numbers <= features) {
+                Piece pieces[kRowsAtOnce] = {};
                 OTKERN_UNROLL
                 for (int r = 0; r < kRowsAtOnce; ++r)
                     if (r < count) pieces[r] = *reinterpret_cast<const Piece *>(address(first + r, k));
+                OTKERN_UNROLL
+                for (int r = 0; r < kRowsAtOnce; ++r) {
+                    numbers_of(pieces[r], x);
+                    add(r, x);
+                }
             } else {
                 OTKERN_UNROLL
-                for (int r = 0; r < kRowsAtOnce; ++r)
-                    if (r < count) pieces[r] = gathered(first + r, k);
-            }
-            OTKERN_UNROLL
-            for (int r = 0; r < kRowsAtOnce; ++r) {
-                T x[kMostNumbers];
-                numbers_of(pieces[r], x);
-                OTKERN_UNROLL
-                for (int q = 0; q < kMostNumbers; ++q) {
-                    squares[r] += x[q] * x[q];
-                    largest[r] = maximum(largest[r], absolute(x[q]));
+                for (int r = 0; r < kRowsAtOnce; ++r) {
+                    OTKERN_UNROLL
+                    for (int q = 0; q < kMostNumbers; ++q)
+                        x[q] = r < count && q < numbers && k + q < features ? raw(first + r, k + q) : T(0);
+                    add(r, x);
                 }
             }
         }
     }
-    // 16 bytes of features from `k` on, zeros behind the last.
-    OTKERN_DEVICE Piece gathered(int i, int k) const {
-        Piece piece = {};
-        OTKERN_UNROLL
-        for (int word = 0; word < 4; ++word) {
-            const int element = element_bytes(dtype);
-            if (element == 2) {
-                uint32_t low = 0, high = 0;
-                if (k + 2 * word < features) low = *reinterpret_cast<const uint16_t *>(address(i, k + 2 * word));
-                if (k + 2 * word + 1 < features)
-                    high = *reinterpret_cast<const uint16_t *>(address(i, k + 2 * word + 1));
-                piece.words[word] = low | high << 16;
-            } else {
-                const int number = word * 4 / element;
-                if (k + number < features)
-                    piece.words[word] =
-                        reinterpret_cast<const uint32_t *>(address(i, k + number))[word % (element / 4)];
-            }
-        }
-        return piece;
-    }
     OTKERN_DEVICE void numbers_of(const Piece &piece, T (&x)[kMostNumbers]) const {
         if constexpr (sizeof(T) == 8) {
-            memcpy(x, piece.words, 16);
+            memcpy(x, piece.words, kPiece);
         } else {
             OTKERN_UNROLL
             for (int word = 0; word < 4; ++word) {
                 const uint32_t bits = piece.words[word];
-                const bool narrow = dtype != Dtype::f32;
-                x[2 * word] = narrow ? widened(dtype, uint16_t(bits)) : from_bits(bits);
-                x[2 * word + 1] = narrow ? widened(dtype, uint16_t(bits >> 16)) : T(0);
+                if (dtype == Dtype::f32) {
+                    x[word] = from_bits(bits);
+                    x[word + 4] = 0;
+                } else {
+                    x[2 * word] = widened(dtype, uint16_t(bits));
+                    x[2 * word + 1] = widened(dtype, uint16_t(bits >> 16));
+                }
             }
         }
     }

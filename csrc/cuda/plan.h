@@ -278,7 +278,7 @@ OTKERN_DEVICE void matrix_sums(const PlanTile<T> &tile, const Cloud<T> &z, int f
             load.feature = c / loads * wide;
             return load;
         },
-        [&](int c, const char *stage, int) {
+        [&](int c, const char *stage) {
             const int k0 = c / loads * wide + column, first = c % loads * rows;
             if (i0 >= tile.count || k0 >= features) return;
             if (c % loads == 0) sums.clear();

@@ -41,7 +41,6 @@ OTKERN_BOTH int64_t column_parts_count(int threads, int64_t m) {
 // Parts of sum_i weights_i matrix_ij, for all columns.
 template <class T>
 OTKERN_DEVICE void sum_columns(const Team &team, const T *matrix, int rows, int m, const T *weights, T *out) {
-    const ColumnParts columns(team, m);
     if (m > team.threads) {
         for (int j = team.thread; j < m; j += kGroup * team.threads) {
             T sums[kGroup] = {};
@@ -57,6 +56,7 @@ OTKERN_DEVICE void sum_columns(const Team &team, const T *matrix, int rows, int 
         }
         return;
     }
+    const ColumnParts columns(team, m);
     const int part = team.thread / columns.wide, j = team.thread % columns.wide;
     if (part >= columns.parts || j >= m) return;
     const int each = int(round_up(ceil_div(rows, columns.parts), kGroup));
@@ -74,7 +74,7 @@ OTKERN_DEVICE void sum_columns(const Team &team, const T *matrix, int rows, int 
 // The sum of a column's parts, those of one block after the other; between barriers of the cluster.
 template <class T>
 OTKERN_DEVICE T sum_of_column(const Team &team, T *parts, int m, int j) {
-    const int count = m > team.threads ? 1 : ColumnParts(team, m).parts;
+    const int count = ColumnParts(team, m).parts;
     T sum = 0;
     for (int block = 0; block < team.size; ++block) {
         const T *const mine = map_shared(parts + j, block);

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "item.h"
-#include "tiles.h"
 
 namespace otkern {
 namespace cuda {
@@ -46,8 +45,13 @@ class Stages {
 
     OTKERN_DEVICE int features() const { return width / element; }
 
-    // use(c, stage, steps) for the loads c of load(0) .. load(loads - 1), one after the other, by the whole block,
-    // which is in step before and after. A step is 32 bytes of features; what is missing from the last one is zero.
+    // Of 32 bytes of features, in a stage of `cloud` from `feature` on; what is missing from the last one is zero.
+    OTKERN_DEVICE int steps(const Cloud<T> &cloud, int feature) const {
+        return int(ceil_div(bytes_from(cloud, feature), kStep));
+    }
+
+    // use(c, stage) for the loads c of load(0) .. load(loads - 1), one after the other, by the whole block, which is in
+    // step before and after.
     template <class F, class G>
     OTKERN_DEVICE void run(const Team &team, int loads, F load, G use) {
         if (has_bulk_copies() && team.thread == 0)
@@ -68,8 +72,7 @@ class Stages {
             team.sync();
             // Into the stage that all have used before they came here.
             if (count > 1) start_next(c + count - 1);
-            const StageLoad<T> now = load(c);
-            use(c, first + c % count * bytes, int(ceil_div(bytes_from(now), kStep)));
+            use(c, first + c % count * bytes);
         }
         team.sync();
         if (!has_bulk_copies()) return;
@@ -81,13 +84,13 @@ class Stages {
     const int width, pitch;
 
   private:
-    // Of each row, from the first feature of a load on.
-    OTKERN_DEVICE int bytes_from(const StageLoad<T> &load) const {
-        return minimum(width, (load.rows[0].cloud->features - load.feature) * element);
+    // Of each row, from a feature on.
+    OTKERN_DEVICE int bytes_from(const Cloud<T> &cloud, int feature) const {
+        return minimum(width, (cloud.features - feature) * element);
     }
 
     OTKERN_DEVICE void start(const Team &team, const StageLoad<T> &load, int stage) {
-        const int given = bytes_from(load);
+        const int given = bytes_from(*load.rows[0].cloud, load.feature);
         int announced = 0;
         bool stored = false;
         OTKERN_UNROLL

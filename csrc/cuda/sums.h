@@ -68,7 +68,7 @@ struct MatrixSums {
     }
 
     // One step of columns of the weights, 16 of them or 8 in fp32: their product with so many rows of the points. Row i
-    // of the weights is at `weights` + min(i, last_row) pitch_w, and counts `unit_of(i)` times.
+    // of the weights is at `weights` + min(i, last_row) pitch_w, and counts `unit_of(i)` times in fp16.
     template <class F>
     OTKERN_DEVICE void add_weighted(const float *weights, int pitch_w, int last_row, F unit_of, const char *points,
                                     int pitch, Dtype dtype, int lane) {
@@ -94,6 +94,7 @@ struct MatrixSums {
             }
             return;
         }
+        const bool bf16 = dtype == Dtype::bf16;
         uint32_t y[2][4];
         OTKERN_UNROLL
         for (int k = 0; k < 2; ++k)
@@ -106,26 +107,33 @@ struct MatrixSums {
                 const int i = row_of(r, p);
                 const float *const pair = weights + i * pitch_w + 2 * t + 8 * (p / 2);
                 uint32_t words[3];
-                if (dtype == Dtype::bf16)
-                    split_bf16(pair[0], pair[1], words);
+                if (bf16)
+                    split<true>(pair[0], pair[1], words);
                 else
-                    split_half(pair[0] * unit_of(i), pair[1] * unit_of(i), words);
+                    split<false>(pair[0] * unit_of(i), pair[1] * unit_of(i), words);
                 OTKERN_UNROLL
                 for (int part = 0; part < 3; ++part) parts[part][p] = words[part];
             }
             OTKERN_UNROLL
             for (int c = 0; c < 4; ++c) {
-                const uint32_t columns[2] = {y[c / 2][2 * (c % 2)], y[c / 2][2 * (c % 2) + 1]};
+                const Pair columns = columns_of(y, c);
                 float step[4] = {};
-                if (dtype == Dtype::bf16) multiply_matrices(true, parts[2], columns, step);
-                multiply_matrices(dtype == Dtype::bf16, parts[1], columns, step);
-                multiply_matrices(dtype == Dtype::bf16, parts[0], columns, step);
+                if (bf16) multiply_matrices(true, parts[2], columns.words, step);
+                multiply_matrices(bf16, parts[1], columns.words, step);
+                multiply_matrices(bf16, parts[0], columns.words, step);
                 add(step, sums[r][c]);
             }
         }
     }
 
   private:
+    struct Pair {
+        uint32_t words[2];
+    };
+    // The eight columns `c` of 32, of which four were loaded at once.
+    OTKERN_DEVICE static Pair columns_of(const uint32_t (&y)[2][4], int c) {
+        return {{y[c / 2][2 * (c % 2)], y[c / 2][2 * (c % 2) + 1]}};
+    }
     OTKERN_DEVICE static void add(const float (&step)[4], float (&sum)[4]) {
         OTKERN_UNROLL
         for (int e = 0; e < 4; ++e) sum[e] += step[e];
@@ -146,9 +154,9 @@ struct MatrixSums {
         for (int k = 0; k < 2; ++k) halve(x[k], x_high[k], x_low[k]);
         OTKERN_UNROLL
         for (int c = 0; c < 4; ++c) {
-            const uint32_t columns[2] = {y[c / 2][2 * (c % 2)], y[c / 2][2 * (c % 2) + 1]};
+            const Pair columns = columns_of(y, c);
             uint32_t high[2], low[2];
-            halve(columns, high, low);
+            halve(columns.words, high, low);
             OTKERN_UNROLL
             for (int r = 0; r < 2; ++r) add_three(x_high[r], x_low[r], high, low, sums[r][c]);
         }
@@ -157,35 +165,28 @@ struct MatrixSums {
     OTKERN_DEVICE void add_products(const uint32_t (&x)[2][4], const uint32_t (&y)[2][4]) {
         OTKERN_UNROLL
         for (int c = 0; c < 4; ++c) {
-            const uint32_t columns[2] = {y[c / 2][2 * (c % 2)], y[c / 2][2 * (c % 2) + 1]};
+            const Pair columns = columns_of(y, c);
             OTKERN_UNROLL
             for (int r = 0; r < 2; ++r) {
                 float step[4] = {};
-                multiply_matrices(bf16, x[r], columns, step);
+                multiply_matrices(bf16, x[r], columns.words, step);
                 add(step, sums[r][c]);
             }
         }
     }
-    // Two neighbours as three pairs of 8 bits each, which is all of them.
-    OTKERN_DEVICE static void split_bf16(float x, float y, uint32_t (&words)[3]) {
+    // Two neighbours as pairs of parts: three of 8 bits, which is all of a number, or, of numbers below 2^15 in size,
+    // two of 11; the third is not used then.
+    template <bool bf16>
+    OTKERN_DEVICE static void split(float x, float y, uint32_t (&words)[3]) {
+        const Dtype dtype = bf16 ? Dtype::bf16 : Dtype::f16;
         OTKERN_UNROLL
         for (int part = 0; part < 3; ++part) {
-            const uint32_t high_x = bits_of(x) & 0xffff0000, high_y = bits_of(y) & 0xffff0000;
-            words[part] = high_x >> 16 | high_y;
-            x = is_finite(x) ? x - from_bits(high_x) : 0.f;
-            y = is_finite(y) ? y - from_bits(high_y) : 0.f;
-        }
-    }
-    // As two pairs of 11 bits, of numbers that are below 2^15 in size. The third pair is not used.
-    OTKERN_DEVICE static void split_half(float x, float y, uint32_t (&words)[3]) {
-        OTKERN_UNROLL
-        for (int part = 0; part < 2; ++part) {
-            const uint16_t high_x = float_to_half(x), high_y = float_to_half(y);
+            const uint16_t high_x = bf16 ? uint16_t(bits_of(x) >> 16) : float_to_half(x);
+            const uint16_t high_y = bf16 ? uint16_t(bits_of(y) >> 16) : float_to_half(y);
             words[part] = uint32_t(high_x) | uint32_t(high_y) << 16;
-            x = is_finite(x) ? x - half_to_float(high_x) : 0.f;
-            y = is_finite(y) ? y - half_to_float(high_y) : 0.f;
+            x = is_finite(x) ? x - widened(dtype, high_x) : 0.f;
+            y = is_finite(y) ? y - widened(dtype, high_y) : 0.f;
         }
-        words[2] = 0;
     }
 };
 
