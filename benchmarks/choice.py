@@ -29,11 +29,10 @@ def entry_of(run: dict[str, Any]) -> dict[str, Any]:
     for name, records in cases_of(run).items():
         case = run["cases"][name]
         cuda, triton = (time_of(records, method) for method in BACKENDS)
-        size = measured.size_of(0, case.get("dtype", "float32"), max(case["n"], case["m"]))
-        if cuda is None or triton is None or size is None:
+        bracket = measured.bracket_of(max(case["n"], case["m"]))
+        if cuda is None or triton is None or bracket is None:
             continue
-        _, dtype, bracket = size
-        found.setdefault(dtype, {}).setdefault(bracket, []).append(cuda / triton)
+        found.setdefault(case.get("dtype", "float32"), {}).setdefault(bracket, []).append(cuda / triton)
     if not found:
         raise ValueError(f"file must have a case that {' and '.join(BACKENDS)} both passed, but had none")
     ratios = {

@@ -86,18 +86,19 @@ def size_of(device: torch.device, dtype: torch.dtype, longest: int) -> measured.
     """
     if device.type != "cuda" or not measured.TABLE or torch.compiler.is_exporting():
         return None
-    return measured.size_of(device.index or 0, str(dtype).removeprefix("torch."), longest)
+    bracket = measured.bracket_of(longest)
+    return None if bracket is None else (device.index or 0, str(dtype).removeprefix("torch."), bracket)
 
 
 def _cuda_is_slower(size: measured.Size | None) -> str | None:
     """Why Triton is preferred to CUDA on a GPU, in words; None: it is not."""
-    known = size is not None and torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability(size[0]) if size is not None and known else (0, 0)
-    if (reason := measured.slower(capability, size)) is not None:
-        return reason
-    if size is not None and unavailable("cuda", "cuda") is None and not load("cuda").holds(*size):
-        return f"problems of up to {size[2]} points a side do not fit into the clusters of this device"
-    return None
+    if size is None or not torch.cuda.is_available():
+        return measured.UNKNOWN
+    device, dtype, bracket = size
+    reason = measured.slower(torch.cuda.get_device_capability(device), dtype, bracket)
+    if reason is None and unavailable("cuda", "cuda") is None and not load("cuda").holds(device, dtype, bracket):
+        return f"problems of up to {bracket} points a side do not fit into the clusters of this device"
+    return reason
 
 
 def launches(name: str) -> bool:

@@ -21,21 +21,23 @@ TABLE: dict[str, dict] = json.loads(resources.files(__package__).joinpath("measu
 Size = tuple[int, str, int]
 
 
-def size_of(device: int, dtype: str, longest: int) -> Size | None:
+UNKNOWN = "it has not been timed beside Triton for this size on such a device; backend='cuda' asks for it"
+
+
+def bracket_of(longest: int) -> int | None:
     """None beyond the last bracket."""
     for bracket in BRACKETS:
         if longest <= bracket:
-            return device, dtype, bracket
+            return bracket
     return None
 
 
-def slower(capability: tuple[int, int], size: Size | None) -> str | None:
+def slower(capability: tuple[int, int], dtype: str, bracket: int) -> str | None:
     """Why the CUDA backend is not the faster one, as far as is known, in words; None: it is."""
     key = name_of(capability)
-    _, dtype, bracket = size or (0, "", 0)
     found = TABLE.get(key, {}).get("cuda_over_triton", {}).get(dtype, {}).get(str(bracket))
     if found is None:
-        return "it has not been timed beside Triton for this size on such a device; backend='cuda' asks for it"
+        return UNKNOWN
     if found < 1:
         return None
     entry = TABLE[key]
