@@ -293,10 +293,14 @@ def extreme(inputs):
     return inputs
 
 
-@needs_executor
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("d", [1, 16, 45, 200])
+def in_matrix_units(test):
+    """Over what the matrix units take, and few and many features."""
+    test = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])(test)
+    test = pytest.mark.parametrize("metric", ["cosine", "dot"])(test)
+    return needs_executor(pytest.mark.parametrize("d", [1, 16, 45, 200])(test))
+
+
+@in_matrix_units
 def test_the_matrix_units_form_the_cost_of_fp32(dtype, metric, d):
     inputs = extreme(make("balanced", metric, dtype, d=d))
     found = cuda.forward(inputs, None, 12, -1.0)
@@ -305,10 +309,7 @@ def test_the_matrix_units_form_the_cost_of_fp32(dtype, metric, d):
         torch.testing.assert_close(x, y.float(), rtol=2e-6, atol=2e-6)
 
 
-@needs_executor
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("d", [1, 16, 45, 200])
+@in_matrix_units
 def test_the_matrix_units_make_gradients_of_no_more_than_rounding(dtype, metric, d):
     inputs = extreme(make("balanced", metric, dtype, d=d))
     _, f, g, *_ = reference.forward(inputs.widened(), None, 12, -1.0)
