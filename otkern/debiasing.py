@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otkern import backends, ops
+from otkern import backends, ops, precision
 from otkern.ops import Iterations
+from otkern.precision import Solved
 from otkern.problem import Inputs, check_points, check_values, cost_scale, item_sizes, masses, weights_of
 from otkern.result import OTResult
 
@@ -45,20 +46,23 @@ def run_debiased(call: Call) -> OTResult:
     wide = inputs.widened() if differentiated else inputs
     kinds = ("item", "row", "column", "item", "item", "item")
     pair, self_a, self_b = solve_three(wide, call.check, backend, solve, kinds)
+    potentials = [(True, pair[1]), (False, pair[2]), (True, self_a[1]), (False, self_b[1])]
+    again = call.in_float64(pair[0], potentials)
     values, errors, counts = (torch.stack([part[i] for part in (pair, self_a, self_b)]) for i in (0, 4, 5))
     return OTResult(
         inputs=inputs,
         value=_debiased(inputs, values),
-        f=pair[1],
+        f=pair[1] if again is None else precision.without_plan(inputs, pair[1], again[0].wide),
         g=pair[2],
         multipliers=pair[3],
-        marginal_error=errors.amax(0),
+        marginal_error=call.error_with_rounding(errors.amax(0), potentials),
         n_iters=counts.amax(0),
         tol=call.tol,
         batched=call.batched,
         backend=backend,
         differentiation=call.differentiation,
         self_potentials=(self_a[1], self_b[1]),
+        in_float64=None if again is None else Solved(again[0], run_debiased(again[1])),
     )
 
 

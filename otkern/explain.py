@@ -81,6 +81,7 @@ def _read(X_a: Tensor, X_b: Tensor | None, a: Tensor | None, b: Tensor | None, o
     call = read_call(
         inputs,
         batched,
+        p["reg"],
         p["reg_type"],
         (p["unbalanced"], p["mass"], p["null_cost"]),
         p["max_iter"],

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otkern import dispatch, gradients, second_order
+from otkern import backends, dispatch, gradients, precision, second_order
 from otkern.gradients import Gradients
 from otkern.problem import Inputs, PlanWeights, Schedule, check_values, check_warm_start, item_sums, padded
 
@@ -129,7 +129,19 @@ def symmetric(
 ):
     """(s_a, s_b, ...) of GeomLoss's loop; s_a is differentiable with respect to x_a, s_b to x_b, equation (24)."""
     loop = (eps_start, n_steps, eps_factor, cost_floor)
-    return torch.ops.otkern.symmetric(*inputs, *loop, check, backend)
+    outputs = torch.ops.otkern.symmetric(*inputs, *loop, check, backend)
+    if inputs.compute_dtype == torch.float64:
+        return outputs
+    sides = (True, False, True, False, True, False)
+    found = zip(sides[:4], outputs[:4], strict=True)
+    doubled = precision.doubled(inputs, None, found, precision.ANNEALED_LIMIT)
+    if doubled is None:
+        return outputs
+    if not backends.holds_float64(backend, inputs.device, max(inputs.max_a, inputs.max_b)):
+        return outputs
+    problem, starts = doubled.problem(), (doubled.per_item(eps_start), doubled.chosen(n_steps))
+    again = torch.ops.otkern.symmetric(*problem, *starts, eps_factor, cost_floor, False, backend)
+    return tuple(doubled.merged(*three) for three in zip(outputs, again, sides, strict=True))
 
 
 def _define(name: str, signature: str, kernel, fake) -> None:
@@ -193,6 +205,7 @@ class _Sinkhorn(torch.autograd.Function):
         # A problem without a feasible plan has a constant value, +inf, around it.
         dvalue = torch.where(torch.isfinite(value), dvalue, 0)
         if torch.is_grad_enabled():
+            f = precision.without_plan(inputs, f, precision.beyond(inputs, [(True, f), (False, g)]) & (dvalue == 0))
             # The gradient is to be differentiated again, and then the potentials move with the problem.
             f, g, multipliers = potentials(inputs, f, g, multipliers, ctx.how, ctx.backend)
             # second_order differentiates the sums of each side by itself: neither may stand for both.

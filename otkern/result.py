@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from otkern import alignment, ops, second_order
+from otkern.precision import Solved
 from otkern.problem import Inputs, masses, row_mask
 
 # Without a tolerance of the user's, a problem counts as converged below this marginal error per unit of mass.
@@ -45,6 +46,7 @@ class OTResult:
         differentiation: ops.Differentiation,
         constant: Tensor | None = None,
         self_potentials: tuple[Tensor, Tensor] | None = None,
+        in_float64: Solved | None = None,
     ):
         self._inputs, self._how = inputs, differentiation
         # Of (a, a) and (b, b), where the value is debiased; it then comes differentiable as it is to be.
@@ -52,19 +54,25 @@ class OTResult:
         self._value, self._f, self._g, self._multipliers = value, f, g, multipliers
         self._marginal_error, self._n_iters = marginal_error, n_iters
         self._tol, self._batched, self._backend = tol, batched, backend
+        # The items whose potentials float32 does not hold; what is read of them comes from there.
+        self._in_float64 = in_float64
         self._plan: Tensor | None = None
         # Tensors made in inference mode count no versions, and traced ones are not changed.
         counted = not torch.compiler.is_compiling() and not any(tensor.is_inference() for _, tensor in self._tensors())
         self._versions = [tensor._version for _, tensor in self._tensors()] if counted else None
         self._warned = tol is None or torch.compiler.is_compiling()
-        if f.device.type == "cpu":
-            self._warn_where_not_converged()
         if self._how.grad in ("implicit", "unrolled") and self_potentials is None:
             attached, f, g, multipliers = self._attached()
             self._value = ops.dual_value(attached, value, f, g, multipliers, backend)
         if constant is not None:
             # No value of +inf changes.
             self._value = torch.where(self._value.isposinf(), self._value, self._value + constant)
+        if in_float64 is not None:
+            names = ("_value", "_marginal_error", "_n_iters")
+            for name in names:
+                setattr(self, name, in_float64.merged(getattr(self, name), getattr(in_float64.result, name)))
+        if self._f.device.type == "cpu":
+            self._warn_where_not_converged()
 
     def __repr__(self) -> str:
         shape = f"batch={self._inputs.batch}, " if self._batched else ""
@@ -109,13 +117,18 @@ class OTResult:
     @property
     def potentials(self) -> tuple[Tensor, Tensor]:
         """(f, g); what ``potentials_init`` takes."""
-        f, g, _ = self._potentials()
+        f, g = self._potentials()
         return self._squeeze(f), self._squeeze(g)
 
     @property
     def self_potentials(self) -> tuple[Tensor, Tensor] | None:
         """(B, N) of the problem (a, a) and (B, M) of (b, b) where the value is debiased, else None; no gradient."""
         pair = self._self_potentials
+        if pair is not None and self._in_float64 is not None:
+            again = self._in_float64.result._self_potentials
+            assert again is not None
+            a, b = again
+            pair = self._in_float64.merged(pair[0], a, True), self._in_float64.merged(pair[1], b, False)
         return None if pair is None else (self._squeeze(pair[0]), self._squeeze(pair[1]))
 
     @property
@@ -151,6 +164,8 @@ class OTResult:
         linear = ops.linear_value(inputs, f, g, self._backend)
         if inputs.kind == "null":
             linear = linear + second_order.null_cost_moved(inputs, f, g, multipliers)
+        if self._in_float64 is not None:
+            linear = self._in_float64.merged(linear, self._in_float64.result.value_linear)
         value = self._value.detach()
         return self._squeeze(torch.where(value.isposinf(), value, linear))
 
@@ -189,15 +204,24 @@ class OTResult:
         if f.requires_grad:
             # Formed anew each time, so that each can be differentiated.
             self._check_unchanged()
-            return ops.plan(inputs, f, g, self._backend)
+            return self._with_float64_plans(ops.plan(inputs, f, g, self._backend))
         if self._plan is None:
             self._check_unchanged()
-            self._plan = ops.plan(inputs.detach(), f, g, self._backend)
+            self._plan = self._with_float64_plans(ops.plan(inputs.detach(), f, g, self._backend))
         return self._plan
 
-    def _potentials(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(f, g, multipliers), attached to the problem where that asks for gradients."""
-        return self._attached()[1:]
+    def _with_float64_plans(self, plan: Tensor) -> Tensor:
+        again = self._in_float64
+        return plan if again is None else again.merged(plan, again.result._dense_plan)
+
+    def _potentials(self) -> tuple[Tensor, Tensor]:
+        """(f, g), attached to the problem where that asks for gradients."""
+        _, f, g, _ = self._attached()
+        again = self._in_float64
+        if again is None:
+            return f, g
+        f_again, g_again = again.result._potentials()
+        return again.merged(f, f_again, True), again.merged(g, g_again, False)
 
     def _attached(self) -> tuple[Inputs, Tensor, Tensor, Tensor]:
         """The problem and its potentials, for what is differentiated through both."""
@@ -230,7 +254,8 @@ class OTResult:
     def _apply(self, v: Tensor, transpose: bool) -> Tensor:
         self._check_unchanged()
         inputs, f, g, _ = self._attached()
-        return ops.apply_plan(inputs, f, g, v, transpose, False, self._backend)
+        out = ops.apply_plan(inputs, f, g, v, transpose, False, self._backend)
+        return out if self._in_float64 is None else self._in_float64.applied(out, v, transpose)
 
     def _ones(self, side_a: bool) -> Tensor:
         potential = self._f if side_a else self._g

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otkern import backends, debiasing, ops
+from otkern import backends, debiasing, ops, precision
 from otkern.arguments import is_number, read_costs, read_points, read_potential, read_relaxation
+from otkern.precision import Doubled, Solved
 from otkern.problem import Inputs, cost_scale, item_sizes, item_sums, masses, row_mask
 from otkern.result import OTResult
 
@@ -119,7 +120,7 @@ def solve(
     schedule = (scaling, update, overrelaxation)
     how = (grad, implicit_tol, implicit_max_iter)
     call = read_call(
-        inputs, batched, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
+        inputs, batched, reg, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
     )
     return run(call)
 
@@ -199,7 +200,7 @@ def solve_sample(
     schedule = (scaling, update, overrelaxation)
     how = (grad, implicit_tol, implicit_max_iter)
     call = read_call(
-        inputs, batched, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
+        inputs, batched, reg, reg_type, relaxation, max_iter, tol, schedule, potentials_init, how, backend, check
     )
     return debiasing.run_debiased(call) if debias else run(call)
 
@@ -256,11 +257,49 @@ class Call(NamedTuple):
     tol: float | None
     backend: str
     check: bool
+    may_exceed: bool  # whether potentials may pass what float32 holds, see `otkern.precision`
+
+    @property
+    def float64_fits(self) -> bool:
+        """Whether the backend takes problems of this size in float64."""
+        inputs = self.inputs
+        return backends.holds_float64(self.backend, inputs.device, max(inputs.max_a, inputs.max_b))
+
+    def error_with_rounding(self, error: Tensor, potentials: list[tuple[bool, Tensor]]) -> Tensor:
+        """The marginal error, where it cannot be made small in float64: at least what rounded potentials leave."""
+        if not self.may_exceed or self.float64_fits:
+            return error
+        return torch.maximum(error, precision.rounding(self.inputs, potentials))
+
+    def in_float64(self, value: Tensor, potentials: list[tuple[bool, Tensor]]) -> tuple[Doubled, Call] | None:
+        """The items whose potentials in float32, given here, lack digits, and the call that solves them in float64."""
+        fits = self.may_exceed and self.float64_fits
+        doubled = precision.doubled(self.inputs, value, potentials) if fits else None
+        if doubled is None:
+            return None
+        problem, iterations = doubled.problem(), self.iterations
+        iterations = iterations._replace(
+            g_init=doubled.rows(False, iterations.g_init), eps_start=doubled.per_item(iterations.eps_start)
+        )
+        differentiation = self.differentiation
+        if differentiation.iterations is not None:
+            differentiation = differentiation._replace(iterations=iterations)
+        call = self._replace(
+            inputs=problem,
+            batched=True,
+            iterations=iterations,
+            differentiation=differentiation,
+            tol=None,  # the whole batch's result warns
+            check=False,
+            may_exceed=False,
+        )
+        return doubled, call
 
 
 def read_call(
     inputs: Inputs,
     batched: bool,
+    reg: float | Tensor,
     reg_type: str,
     relaxation: tuple,
     max_iter: int,
@@ -299,7 +338,8 @@ def read_call(
     if differentiation.grad == "unrolled":
         differentiation = differentiation._replace(iterations=iterations)
     check = inputs.device.type == "cpu" if check is None else check
-    return Call(inputs, batched, reg_type, iterations, differentiation, tol, backend, check)
+    may_exceed = precision.may_exceed(inputs, reg)
+    return Call(inputs, batched, reg_type, iterations, differentiation, tol, backend, check, may_exceed)
 
 
 def run(call: Call) -> OTResult:
@@ -308,6 +348,11 @@ def run(call: Call) -> OTResult:
     value, f, g, multipliers, marginal_error, n_iters = ops.sinkhorn(
         inputs, call.iterations, call.differentiation, call.check, backend
     )
+    potentials = [(True, f), (False, g)]
+    marginal_error = call.error_with_rounding(marginal_error, potentials)
+    again = call.in_float64(value, potentials)
+    if again is not None:
+        f = precision.without_plan(inputs, f, again[0].wide)
     # Where entropy and KL regularise to the same plan, their values differ by this.
     constant = _entropy_of_weights(inputs) if call.reg_type == "entropy" and not inputs.entropy else None
     return OTResult(
@@ -323,6 +368,7 @@ def run(call: Call) -> OTResult:
         backend=backend,
         differentiation=call.differentiation,
         constant=constant,
+        in_float64=None if again is None else Solved(again[0], run(again[1])),
     )
 
 

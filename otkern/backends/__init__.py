@@ -101,6 +101,18 @@ def _cuda_is_slower(size: measured.Size | None) -> str | None:
     return reason
 
 
+def holds_float64(name: str, device: torch.device, longest: int) -> bool:
+    """Whether this backend solves problems of so many points a side in float64, too."""
+    if name != "cuda":
+        return True
+    bracket = None if torch.compiler.is_exporting() else measured.bracket_of(longest)
+    return bracket is not None and _cuda_holds_float64(device.type, device.index or 0, bracket)
+
+
+def _cuda_holds_float64(device_type: str, device: int, longest: int) -> bool:
+    return load("cuda").holds(device, "float64", longest, device_type)
+
+
 def launches(name: str) -> bool:
     """Whether a call of this backend costs a launch, so that one call is better than several."""
     return name in ("cuda", "triton")
@@ -138,6 +150,7 @@ def _only_reference(update: str, overrelaxation: float, grad: str) -> str | None
 # A compiled graph takes the answer as a constant. This is the mark that torch.compiler.assume_constant_result sets;
 # the decorator itself would import the compiler, which costs more than all of this package.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cuda_holds_float64._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_unavailable(device_type: str) -> str | None:

@@ -63,10 +63,10 @@ def can_run(inputs: Inputs, schedule: Schedule | None = None) -> str | None:
     return None
 
 
-def holds(device: int, dtype: str, longest: int) -> bool:
+def holds(device: int, dtype: str, longest: int, device_type: str = "cuda") -> bool:
     """Whether problems of so many points a side fit on the chip, whatever the metric, null points included."""
     side = longest + 1
-    return _class_of("cuda", _device_limits("cuda", device), dtype == "float64", True, side, side) >= 0
+    return _class_of(device_type, _device_limits(device_type, device), dtype == "float64", True, side, side) >= 0
 
 
 def regime(inputs: Inputs, schedule: Schedule | None = None) -> str:

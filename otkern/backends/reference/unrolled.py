@@ -60,6 +60,8 @@ def _item_gradients(item: Item, start: Tensor, max_iter: int, tol: float, schedu
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     if item.cost.numel() == 0 and item.kind != "null":
         return totals
+    if not any(bool(cotangent.any()) for cotangent in cotangents):
+        return totals  # also where the iterations overflow
 
     def problem() -> Item:
         """The item as a function of the leaves; enlarged anew for each graph."""

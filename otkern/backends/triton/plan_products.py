@@ -115,6 +115,8 @@ def plan_backward_kernel(
                 log_ratio = (h_out[:, None] + h_in[None, :] - cost) / reg
                 entropy += tl.sum(tl.where(dcost != 0, dcost * log_ratio, 0.0), axis=1)
         else:
+            # An item without a cotangent may have potentials whose plan overflows, and 0 * inf is NaN.
+            exponent = tl.where(scale != 0, exponent, float("-inf"))
             plan = tl.exp2(exponent + (log2_weights(some_w_out)[:, None] + log2_weights(w_in)[None, :]))
             marginal += tl.sum(plan, axis=1)
             plan = tl.where((w_out > 0)[:, None], plan, 0.0)
