@@ -241,7 +241,7 @@ def _read_integers(name: str, values, size: int | None, device) -> Tensor | None
             raise ValueError(f"{name} must hold integers, but was {values!r}")
         if any(abs(v) >= 2**31 for v in values):
             raise ValueError(f"{name} must hold integers below 2^31, but was {values!r}")
-        values = torch.tensor(values, dtype=torch.int32)
+        values = torch.tensor(values, dtype=torch.int32, device="cpu")
     if not isinstance(values, Tensor):
         raise ValueError(f"{name} must be an integer tensor or a list of integers, but was {type(values).__name__}")
     if values.dtype not in (torch.int32, torch.int64):

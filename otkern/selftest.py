@@ -45,13 +45,13 @@ def largest_error(backend: str, device: str) -> float:
     by_points = otkern.solve_sample(x, y, metric="dot", reg=REG, max_iter=50, backend=backend)
     dcost, dx, dy = torch.autograd.grad(by_cost.value + by_points.value, (cost, x, y))
 
-    plan = torch.tensor(PLAN)
-    slope = torch.tensor([[3 / 8 * side], [1 / 8 * side]])
+    plan, value = torch.tensor(PLAN, device="cpu"), torch.tensor(VALUE, device="cpu")
+    slope = torch.tensor([[3 / 8 * side], [1 / 8 * side]], device="cpu")
     pairs = [
-        (by_cost.value, torch.tensor(VALUE)),
+        (by_cost.value, value),
         (by_cost.plan, plan),
         (dcost, plan),
-        (by_points.value, torch.tensor(VALUE)),
+        (by_points.value, value),
         (by_points.plan, plan),
         (dx, slope),
         (dy, -slope),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OTKERN_CUDA_EXECUTOR", "host")
+
+from torch.overrides import TorchFunctionMode
 
 from otkern import backends, result
 
@@ -34,6 +37,39 @@ _cases = Counter()
 def _forget_warnings():
     """Not converging warns once per call site, and a parametrised test is one call site."""
     result._warned_at.clear()
+
+
+_PACKAGE = os.path.dirname(os.path.abspath(result.__file__)) + os.sep
+_FACTORIES = {
+    getattr(torch, name)
+    for name in (
+        "arange as_tensor empty empty_strided eye full linspace logspace ones rand randint randn randperm range "
+        "scalar_tensor tensor tril_indices triu_indices zeros"
+    ).split()
+}
+
+
+class _DeviceIsNamed(TorchFunctionMode):
+    """Fails where otkern makes a tensor on whatever device is torch's default: that need not be the inputs'."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _FACTORIES and "device" not in kwargs:
+            caller = sys._getframe(1)
+            assert not caller.f_code.co_filename.startswith(_PACKAGE), (
+                f"{caller.f_code.co_filename}:{caller.f_lineno} calls torch.{function.__name__} without device="
+            )
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _devices_are_named(request):
+    """Not where graphs are traced: the tracer would trace the mode as well."""
+    if any(word in request.node.name for word in ("compile", "graph", "trace", "export")):
+        yield
+        return
+    with _DeviceIsNamed():
+        yield
 
 
 @pytest.fixture(params=BACKENDS)

@@ -84,7 +84,7 @@ def forward(
     value, marginal_error = torch.empty_like(alive.reg), torch.empty_like(alive.reg)
     f, g = new_rows(inputs, True, inputs.shape_f), new_rows(inputs, False, inputs.shape_g)
     multipliers = alive.reg.new_empty((inputs.batch, 2))
-    n_iters = torch.empty(inputs.batch, dtype=torch.int32)
+    n_iters = torch.empty(inputs.batch, dtype=torch.int32, device="cpu")
     bad = _native.cpu_forward(
         problem,
         g_init=address_of(g_init),
@@ -220,7 +220,7 @@ def implicit(
     vectors |= {"extra_a": extra_a, "extra_b": extra_b, "u_a": u_a, "u_b": u_b}
     vectors = {name: contiguous(vector) for name, vector in vectors.items()}
     p, q = new_rows(inputs, True, inputs.shape_f), new_rows(inputs, False, inputs.shape_g)
-    residual, n_iters = torch.empty_like(alive.reg), torch.empty(inputs.batch, dtype=torch.int32)
+    residual, n_iters = torch.empty_like(alive.reg), torch.empty(inputs.batch, dtype=torch.int32, device="cpu")
     _native.cpu_implicit(
         problem,
         **{name: address_of(vector) for name, vector in vectors.items()},
@@ -266,7 +266,7 @@ def plan(inputs: Inputs, f: Tensor, g: Tensor) -> Tensor:
 
     problem, alive = native_problem(inputs)
     f, g = f.contiguous(), g.contiguous()
-    out = torch.empty((inputs.batch, inputs.max_a, inputs.max_b), dtype=inputs.compute_dtype)
+    out = torch.empty((inputs.batch, inputs.max_a, inputs.max_b), dtype=inputs.compute_dtype, device="cpu")
     _native.cpu_plan(problem, f=f.data_ptr(), g=g.data_ptr(), out=out.data_ptr(), threads=torch.get_num_threads())
     del alive
     return out

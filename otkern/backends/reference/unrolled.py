@@ -55,7 +55,7 @@ def unrolled(
 
 def _item_gradients(item: Item, start: Tensor, max_iter: int, tol: float, schedule: Schedule, cotangents):
     """Gradients of one item's cost, weights, reg and relaxation."""
-    relaxation = torch.zeros(2, dtype=item.reg.dtype) if item.relaxation is None else item.relaxation
+    relaxation = torch.zeros_like(item.reg).expand(2) if item.relaxation is None else item.relaxation
     leaves = [t.detach().requires_grad_() for t in (item.cost, item.a, item.b, item.reg, relaxation)]
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     if item.cost.numel() == 0 and item.kind != "null":

@@ -296,7 +296,7 @@ def update_sides(arguments: dict, sizes: tuple[int, int], pitch: int, block_out:
 
 def round_down(tol: float) -> float:
     """The largest fp32 number that is not above the tolerance: scalars reach a kernel as fp32."""
-    rounded = torch.tensor(tol, dtype=torch.float32)
+    rounded = torch.tensor(tol, dtype=torch.float32, device="cpu")
     if float(rounded) > tol:
-        rounded = torch.nextafter(rounded, torch.tensor(-float("inf")))
+        rounded = torch.nextafter(rounded, torch.full_like(rounded, -float("inf")))
     return float(rounded)

@@ -85,10 +85,12 @@ def onchip_relaxed_forward_kernel(
     factor = tl.load(eps_factor_ptr)
     eps = tl.where(max_iter > 1, tl.maximum(reg, tl.load(eps_start_ptr + item)), reg)
     s = soft_min_or_inf(g[None, :], cost, log2_weights(b)[None, :], eps, 1)
-    s_last = s
+    # New values, not names for s and lam: Triton carries a variable through a loop only if the body changes it, and
+    # `s_last = s` there would be the same value as here.
+    s_last = s + 0.0
     t = tl.zeros((BLOCK,), COMPUTE) + float("inf")
     lam = reg * 0.0
-    lam_last = lam
+    lam_last = lam + 0.0
     step_l2 = lam
     moved_l2 = lam + float("-inf")
     error = reg + float("inf")
