@@ -22,7 +22,7 @@ import transformers
 import yaml
 
 import otkern
-from training import card, encoder, measure, plots
+from training import card, cli, encoder, measure, plots
 from training.config import load_config
 from training.data import read_pairs, split_words
 from training.extract import complete
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="instead of the configuration's")
     parser.add_argument("--resume", default="auto", help="auto (default): from the last checkpoint; never; or a folder")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as stages.0.reg=0.1")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
     config = load_config(arguments.config, [*arguments.overrides, *seed])
     report = run(config, Path(arguments.output_dir), arguments.resume)
@@ -286,4 +286,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

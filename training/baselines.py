@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from training import cli
 from training.data import read_gold, read_pairs, split_words
 from training.metrics import alignment_scores
 from training.splits import is_held_out
@@ -119,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

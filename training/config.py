@@ -2,10 +2,8 @@
 
 import copy
 import math
-from pathlib import Path
 
-import yaml
-
+from training.cli import read_yaml, read_yaml_file
 from training.data import resolve_path
 from training.encoder import UNITS, WORD_VECTORS
 from training.loss import RELAXATIONS
@@ -96,6 +94,46 @@ CHOICES = {
     "target_gradient": ("live", "detach"),
     "reg_reduction": ("token_mean", "sum", "element_mean"),
 }
+# Every numeric key: whether it must be whole, its least value ("above": any above 0), the value it must stay below,
+# whether it may be null.
+_COUNT, _WEIGHT, _POSITIVE = (True, 0, math.inf, False), (False, 0, math.inf, False), (False, "above", math.inf, False)
+_SHARE, _SOME = (False, 0, 1, False), (True, 1, math.inf, False)
+STAGE_NUMBERS = {
+    "epochs": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "warmup": _SHARE,
+    "layers": (True, -math.inf, math.inf, False),
+    "plan_layer": (True, -math.inf, math.inf, True),
+    "reg": _POSITIVE,
+    "max_iter": _SOME,
+    "tol": (False, 0, math.inf, True),
+    "position_prior": _WEIGHT,
+    "ot_weight": _WEIGHT,
+    "contrast.weight": _WEIGHT,
+    "contrast.temperature": _POSITIVE,
+    "sentence_contrast.weight": _WEIGHT,
+    "sentence_contrast.temperature": _POSITIVE,
+    "sentence_contrast.layer": (True, -math.inf, math.inf, False),
+    "spread": _WEIGHT,
+    "regulariser": _WEIGHT,
+}
+NUMBERS = {
+    "seed": _COUNT,
+    "threads": (True, 1, math.inf, True),
+    "train.limit": (True, 0, math.inf, True),
+    "train.max_words": _SOME,
+    "train.max_length": (True, 3, math.inf, False),
+    "dev_pairs": _COUNT,
+    "batch_pairs": _SOME,
+    "dropout": _SHARE,
+    "max_grad_norm": _WEIGHT,
+    "adam_betas": _SHARE,
+    "logging_steps": _SOME,
+    "save_steps": _SOME,
+    "evaluation.heat_maps": _COUNT,
+}
+# Of a fixed length; `layers` may have any but none.
+PAIRS = ("position_prior", "adam_betas")
 OPEN = ("alignment", "dev_alignment", "retrieval", "alignment_settings", "retrieval_settings")
 
 
@@ -112,14 +150,16 @@ def load_config(path: str | None, overrides: list[str] = ()) -> dict:
     Raises:
         ValueError: an unknown key, a value that is not among the choices, or a missing one.
     """
-    given = yaml.safe_load(Path(resolve_path(path)).read_text(encoding="utf-8")) if path else {}
+    given = read_yaml_file(resolve_path(path)) if path else {}
     config = merge(DEFAULTS, given or {}, "")
+    if not isinstance(config["stages"], list):
+        raise ValueError(f"stages must be a list, but was {config['stages']!r}")
     config["stages"] = [merge(STAGE, stage, f"stages.{s}.") for s, stage in enumerate(config["stages"])]
     for item in overrides:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"an override must be key=value, but was {item!r}")
-        _assign(config, name.lstrip("-").split("."), yaml.safe_load(value), name)
+        _assign(config, name.lstrip("-").split("."), read_yaml(value, name), name)
     check(config)
     return config
 
@@ -164,6 +204,16 @@ def _existing(place, key: str, name: str):
 
 def check(config: dict) -> None:
     """Raise ValueError for values that no run could use; see `load_config`."""
+    _check_numbers("", config, NUMBERS)
+    for s, stage in enumerate(config["stages"]):
+        _check_numbers(f"stages.{s}.", stage, STAGE_NUMBERS)
+        for key in ("debias", "center"):
+            if not isinstance(stage[key], bool):
+                raise ValueError(f"stages.{s}.{key} must be true or false, but was {stage[key]!r}")
+    for key in ("alignment_layer", "retrieval_layer"):
+        layer = config["evaluation"][key]
+        if layer != "auto" and (not isinstance(layer, int) or isinstance(layer, bool)):
+            raise ValueError(f"evaluation.{key} must be auto or a whole number, but was {layer!r}")
     for key in ("model", "stages", "languages"):
         if not config[key]:
             raise ValueError(f"{key} must be given, but was {config[key]!r}")
@@ -178,8 +228,34 @@ def check(config: dict) -> None:
             raise ValueError(
                 f"stages.{s}.position_prior must be [0, 0] with scope 'batch', where positions mean nothing"
             )
-        if not stage["epochs"] > 0 or not stage["reg"] > 0:
-            raise ValueError(f"stages.{s}.epochs and reg must be positive, but were {stage['epochs']}, {stage['reg']}")
+
+
+def _check_numbers(prefix: str, place: dict, numbers: dict) -> None:
+    """Raise ValueError for a number, or one of a list of numbers, that is none or out of its range."""
+    for key, (whole, least, below, optional) in numbers.items():
+        *parents, last = key.split(".")
+        value = place
+        for name in (*parents, last):
+            value = value[name]
+        if value is None and optional:
+            continue
+        values = [value]
+        if last in (*PAIRS, "layers"):
+            size = 2 if last in PAIRS else "one or more"
+            if not isinstance(value, (list, tuple)) or not value or (last in PAIRS and len(value) != 2):
+                raise ValueError(f"{prefix}{key} must be a list of {size} numbers, but was {value!r}")
+            values = value
+        for number in values:
+            right = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
+            inside = right and (number > 0 if least == "above" else least <= number) and number < below
+            if not inside:
+                bounds = "above 0" if least == "above" else "" if least == -math.inf else f"of at least {least}"
+                bounds += "" if below == math.inf else f" and below {below}"
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(
+                    f"{prefix}{key} must be {' '.join(filter(None, (kind, bounds)))}"
+                    f"{' or null' if optional else ''}, but was {value!r}"
+                )
 
 
 def check_relaxation(prefix: str, relaxation: str, value: float | None, debias: bool) -> None:

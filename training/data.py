@@ -3,14 +3,20 @@
 import gzip
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_SUFFIXES = (".tsv", ".txt", ".tab")
 DATASET_SUFFIXES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
-WORD = re.compile(r"\w+(?:[’'\-.,:]\w+)*|[^\w\s]", re.UNICODE)
+# A letter or digit, with what belongs to it and is no word of its own: combining marks (Hindi, vocalised Arabic, any
+# text in NFD), joiners (Persian, Bengali) and soft hyphens. Anything else that shows is a word by itself.
+LETTER = r"[\u200c\u200d\u00ad]*[\p{L}\p{N}\p{M}_][\p{M}\u200c\u200d\u00ad]*"
+WORD = regex.compile(rf"(?:{LETTER})+(?:[’'\-.,:׳״](?:{LETTER})+)*|(?![\s\p{{Cf}}\p{{Cc}}])\X")
 LINK = re.compile(r"(\d+)([-?])(\d+)")
 
 
@@ -43,6 +49,11 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
+def split_tokens(text: str) -> list[str]:
+    """Split a line of tokens at its spaces, and at nothing else: a no-break space is part of its token."""
+    return [token for token in text.split(" ") if token]
+
+
 def resolve_path(source: str) -> Path:
     """Return the file that `source` names: environment variables filled in, relative to here or to the project.
 
@@ -60,12 +71,32 @@ def resolve_path(source: str) -> Path:
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 text file, gzipped or not (told by its first bytes), without newline and BOM."""
+    """Yield the lines of a UTF-8 text file, gzipped or not (told by its first bytes), without newline and BOM.
+
+    Raises:
+        ValueError: a line is not UTF-8, or the file is no whole gzip file; the message names file and line.
+    """
     with open(path, "rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rt", encoding="utf-8-sig") if is_gzip else open(path, encoding="utf-8-sig") as file:
-        for line in file:
-            yield line.rstrip("\r\n")
+    number = 0
+    with gzip.open(path, "rb") if is_gzip else open(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, 1):  # at \n alone, whatever Unicode counts as the end of a line
+                yield decode_line(line, path, number)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}, after line {number}: the gzip file is damaged or cut off ({error})") from None
+
+
+def decode_line(line: bytes, path: str | Path, number: int) -> str:
+    """A line of a file as text, without its newline, and without the BOM that a first line may have."""
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number}: text must be UTF-8, but byte {error.start + 1} of the line is "
+            f"0x{line[error.start]:02x}"
+        ) from None
+    return text.rstrip("\r\n")
 
 
 def read_gold(source: str) -> list[GoldPair]:
@@ -87,9 +118,9 @@ def read_gold(source: str) -> list[GoldPair]:
         columns = line.split("\t")
         if len(columns) != 3:
             raise ValueError(f"{path}, line {number}: gold must have 3 tab-separated columns, but has {len(columns)}")
-        english, other = columns[0].split(), columns[1].split()
+        english, other = split_tokens(columns[0]), split_tokens(columns[1])
         sure, possible = set(), set()
-        for link in columns[2].split():
+        for link in split_tokens(columns[2]):
             if not (match := LINK.fullmatch(link)):
                 raise ValueError(f"{path}, line {number}: a link must look like 3-4 or 3?4, but was {link!r}")
             i, j = int(match[1]), int(match[3])

@@ -1,6 +1,7 @@
 """An encoder seen as a function from words to contextual vectors: tokenising, running, gathering subwords to words."""
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,22 @@ class Tokens:
 
 @dataclass
 class Sentence:
-    """One tokenised sentence: ids with special tokens, and for each the index of its word (−1: special)."""
+    """One tokenised sentence, of the words that have subwords: those cut off or without any are no points.
+
+    Attributes:
+        ids: subwords with special tokens.
+        words: of each subword its word's place among `kept` (−1: special).
+        kept: of each word with subwords its index in the sentence that was given.
+    """
 
     ids: list[int]
     words: list[int]
-    n_words: int
+    kept: list[int]
+
+    @property
+    def n_words(self) -> int:
+        """How many words have subwords."""
+        return len(self.kept)
 
 
 def find_model(name: str) -> str:
@@ -116,16 +128,27 @@ def tokenize(tokenizer, sentences: Sequence[Sequence[str]], max_length: int = 12
         max_length: longest sequence in subwords with special tokens; what comes after is cut off.
 
     Returns:
-        One `Sentence` each; a word that was cut off or gave no subword has none, and is never linked.
+        One `Sentence` each. A word that was cut off or gave no subword is no point: it takes no mass in training and
+        is never linked. A warning says how many there are.
     """
     limit = min(max_length, tokenizer.model_max_length)
     encoding = tokenizer(
         [list(words) for words in sentences], is_split_into_words=True, truncation=True, max_length=limit
     )
-    return [
-        Sentence(encoding["input_ids"][s], [-1 if w is None else w for w in encoding.word_ids(s)], len(sentences[s]))
-        for s in range(len(sentences))
-    ]
+    result, lost, shortened = [], 0, 0
+    for s, words in enumerate(sentences):
+        of_subwords = encoding.word_ids(s)
+        kept = list(dict.fromkeys(w for w in of_subwords if w is not None))
+        place = {w: k for k, w in enumerate(kept)}
+        result.append(Sentence(encoding["input_ids"][s], [-1 if w is None else place[w] for w in of_subwords], kept))
+        lost, shortened = lost + len(words) - len(kept), shortened + (len(kept) < len(words))
+    if lost:
+        warnings.warn(
+            f"{lost} words of {shortened} of {len(sentences)} sentences have no vector and are left out: they lie "
+            f"behind the first {limit} subwords, or the tokenizer has no subword for them",
+            stacklevel=2,
+        )
+    return result
 
 
 def pad(sentences: Sequence[Sentence], pad_id: int) -> Tokens:

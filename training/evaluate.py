@@ -15,9 +15,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-import yaml
 
-from training import encoder, extract
+from training import cli, encoder, extract
 from training.data import GoldPair, read_gold, read_pairs, split_words
 from training.metrics import alignment_scores, anisotropy, retrieval_accuracy
 
@@ -132,7 +131,7 @@ def parse_settings(items: Sequence[str]) -> dict:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"--set must be name=value, but was {item!r}")
-        settings[name] = yaml.safe_load(value)
+        settings[name] = cli.read_yaml(value, f"--set {name}")
     return settings
 
 
@@ -188,4 +187,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

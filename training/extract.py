@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 import otkern
+from otkern.alignment import match
 from training import encoder
 from training.data import GoldPair
+from training.symmetrization import symmetrize
 
 METHODS = ("softmax", "mutual", "itermax", "ot")
+# Subwords of a sentence at most, with the special tokens; the model may allow fewer.
+MAX_LENGTH = 256
 
 # What a model's card does not say is taken from here. `center`: subtract each side's mean over the whole file, which
 # takes the language out of the vectors. `position_prior`: weight of the distance to the diagonal in the plan's cost.
@@ -42,6 +46,12 @@ def complete(settings: dict | None) -> dict:
     if unknown := set(settings) - set(DEFAULTS):
         raise ValueError(f"alignment settings must be among {sorted(DEFAULTS)}, but had {sorted(unknown)}")
     settings = DEFAULTS | settings
+    for name, default in DEFAULTS.items():
+        value = settings[name]
+        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+        optional = name == "softmax_temperature" and value is None
+        if numeric and not optional and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a number, but was {value!r}")
     if settings["unit"] not in encoder.UNITS:
         raise ValueError(f"unit must be one of {encoder.UNITS}, but was {settings['unit']!r}")
     return settings
@@ -70,30 +80,46 @@ def inside(n: int, lengths: Tensor) -> Tensor:
     return torch.arange(n, device=lengths.device) < lengths[:, None]
 
 
-def softmax_links(scores: Tensor, lengths_a: Tensor, lengths_b: Tensor, threshold: float) -> Tensor:
-    """Pairs whose softmax is above the threshold both along the row and along the column (Dou and Neubig 2021).
+def _valid(shape: torch.Size, lengths_a: Tensor, lengths_b: Tensor) -> Tensor:
+    """(B, N, M) bool: pairs of true positions."""
+    return inside(shape[1], lengths_a)[:, :, None] & inside(shape[2], lengths_b)[:, None, :]
+
+
+def softmax_directions(
+    products: Tensor, lengths_a: Tensor, lengths_b: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs whose softmax along the row, or along the column, is above the threshold (Dou and Neubig 2021).
 
     Args:
-        scores: (B, N, M) inner products.
+        products: (B, N, M) inner products.
         lengths_a: (B,) true N.
         lengths_b: (B,) true M.
         threshold: 0…1.
 
     Returns:
-        (B, N, M) bool.
+        (links along rows, links along columns, the smaller probability), each (B, N, M); Dou and Neubig take links of
+        both.
     """
-    valid = inside(scores.shape[1], lengths_a)[:, :, None] & inside(scores.shape[2], lengths_b)[:, None, :]
-    masked = scores.float().masked_fill(~valid, torch.finfo(torch.float32).min)
-    return (masked.softmax(2) > threshold) & (masked.softmax(1) > threshold) & valid
+    valid = _valid(products.shape, lengths_a, lengths_b)
+    masked = products.float().masked_fill(~valid, torch.finfo(torch.float32).min)
+    along_rows, along_columns = masked.softmax(2), masked.softmax(1)
+    scores = torch.minimum(along_rows, along_columns)
+    return (along_rows > threshold) & valid, (along_columns > threshold) & valid, scores
 
 
-def mutual_links(similarity: Tensor, lengths_a: Tensor, lengths_b: Tensor) -> Tensor:
-    """Pairs that are each other's most similar (the first of equals): (B, N, M) similarity to (B, N, M) bool."""
-    valid = inside(similarity.shape[1], lengths_a)[:, :, None] & inside(similarity.shape[2], lengths_b)[:, None, :]
+def argmax_directions(similarity: Tensor, lengths_a: Tensor, lengths_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The most similar point of each row, and of each column (the first of equals): (B, N, M) bool each."""
+    valid = _valid(similarity.shape, lengths_a, lengths_b)
     masked = similarity.float().masked_fill(~valid, -torch.inf)
     forward = torch.zeros_like(valid).scatter(2, masked.argmax(2, keepdim=True), True)
     backward = torch.zeros_like(valid).scatter(1, masked.argmax(1, keepdim=True), True)
-    return forward & backward & valid
+    return forward & valid, backward & valid
+
+
+def mutual_links(similarity: Tensor, lengths_a: Tensor, lengths_b: Tensor) -> Tensor:
+    """Pairs that are each other's most similar: (B, N, M) similarity to (B, N, M) bool."""
+    forward, backward = argmax_directions(similarity, lengths_a, lengths_b)
+    return forward & backward
 
 
 def itermax_links(
@@ -125,26 +151,8 @@ def itermax_links(
     return links
 
 
-def plan_links(x_a: Tensor, x_b: Tensor, lengths_a: Tensor, lengths_b: Tensor, settings: dict) -> Tensor:
-    """Links of the entropic transport plan between uniform masses.
-
-    Args:
-        x_a: (B, N, D) vectors.
-        x_b: (B, M, D) vectors.
-        lengths_a: (B,) true N.
-        lengths_b: (B,) true M.
-        settings: completed settings; `metric`, `reg`, `max_iter`, `position_prior`, `match`, `match_threshold`.
-
-    Returns:
-        (B, N, M) bool.
-    """
-    plan = transport(x_a, x_b, lengths_a, lengths_b, settings)
-    options = {} if settings["match_threshold"] is None else {"threshold": settings["match_threshold"]}
-    return plan.match(method=settings["match"], **options)
-
-
 def transport(x_a: Tensor, x_b: Tensor, lengths_a: Tensor, lengths_b: Tensor, settings: dict):
-    """Solve the batch of transport problems that `plan_links` reads its links from; returns an `OTResult`."""
+    """Solve the batch of transport problems that `links_of` reads links from; returns an `OTResult`."""
     sizes = {"lengths_a": lengths_a, "lengths_b": lengths_b, "reg": settings["reg"], "max_iter": settings["max_iter"]}
     if not settings["position_prior"]:
         return otkern.solve_sample(x_a, x_b, metric=settings["metric"], **sizes)
@@ -167,7 +175,9 @@ def pairwise_cost(x_a: Tensor, x_b: Tensor, metric: str) -> Tensor:
     raise ValueError(f"metric must be 'cosine', 'dot', 'sqeuclidean' or 'euclidean', but was {metric!r}")
 
 
-def links_of(method: str, x_a: Tensor, x_b: Tensor, lengths_a: Tensor, lengths_b: Tensor, settings: dict) -> Tensor:
+def links_of(
+    method: str, x_a: Tensor, x_b: Tensor, lengths_a: Tensor, lengths_b: Tensor, settings: dict, directed: bool = False
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Apply one extraction method to a padded batch of vectors.
 
     Args:
@@ -177,27 +187,115 @@ def links_of(method: str, x_a: Tensor, x_b: Tensor, lengths_a: Tensor, lengths_b
         lengths_a: (B,) true N.
         lengths_b: (B,) true M.
         settings: completed settings.
+        directed: return the links of each direction, from a to b and from b to a, in place of the method's own.
 
     Returns:
-        (B, N, M) bool.
+        (links, or the links of both directions; scores): (B, N, M) bool, and float32 in [0, 1] for `ot`, where it is
+        the share of the row's mass, and `softmax`, the smaller of both probabilities, or a cosine.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or directions of `itermax`, which has none.
     """
+    sizes = lengths_a, lengths_b
     if method == "ot":
-        return plan_links(x_a, x_b, lengths_a, lengths_b, settings)
+        result = transport(x_a, x_b, *sizes, settings)
+        plan = result.plan
+        scores = plan / plan.sum(2, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny)
+        if directed:
+            return (match(plan, "argmax"), match(plan.mT, "argmax").mT), scores
+        options = {} if settings["match_threshold"] is None else {"threshold": settings["match_threshold"]}
+        return (result.match(method=settings["match"], **options),), scores
+    similarity = 1 - pairwise_cost(x_a, x_b, "cosine")
     if method == "softmax":
         temperature = settings["softmax_temperature"]
         # Inner products of raw vectors as published, or cosines over a temperature for contrastively tuned ones.
-        scores = x_a @ x_b.mT if temperature is None else (1 - pairwise_cost(x_a, x_b, "cosine")) / temperature
-        return softmax_links(scores, lengths_a, lengths_b, settings["softmax_threshold"])
-    similarity = 1 - pairwise_cost(x_a, x_b, "cosine")
-    if method == "mutual":
-        return mutual_links(similarity, lengths_a, lengths_b)
-    if method == "itermax":
+        products = x_a @ x_b.mT if temperature is None else similarity / temperature
+        forward, backward, scores = softmax_directions(products, *sizes, settings["softmax_threshold"])
+    elif method == "mutual":
+        forward, backward, scores = *argmax_directions(similarity, *sizes), similarity
+    elif method == "itermax":
+        if directed:
+            raise ValueError("symmetrization must not be given with method 'itermax', whose links have no direction")
         rounds, discount = settings["itermax_rounds"], settings["itermax_discount"]
-        return itermax_links(similarity, lengths_a, lengths_b, rounds, discount)
-    raise ValueError(f"method must be one of {METHODS}, but was {method!r}")
+        return (itermax_links(similarity, *sizes, rounds, discount),), similarity
+    else:
+        raise ValueError(f"method must be one of {METHODS}, but was {method!r}")
+    return ((forward, backward) if directed else (forward & backward,)), scores
+
+
+def extract(
+    vectors: tuple[Sequence[Tensor], Sequence[Tensor]],
+    method: str,
+    settings: dict,
+    *,
+    units: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]] | None = None,
+    symmetrization: str | None = None,
+    batch: int = 64,
+) -> list[dict[tuple[int, int], float]]:
+    """Word links of sentence pairs from their vectors: what evaluation and the alignment of new text share.
+
+    Args:
+        vectors: of each side one (n, D) tensor a sentence.
+        method: one of `METHODS`.
+        settings: completed settings.
+        units: of each side and sentence the word of each vector; None: one vector a word. Two words are linked when
+            any of their units are.
+        symmetrization: how the links of both directions are combined, one of `symmetrization.METHODS`; None: as the
+            method does it by itself.
+        batch: sentence pairs solved at once.
+
+    Returns:
+        Of each sentence pair {(word, word): score}, the score as `links_of` has it, the largest of a pair's units.
+    """
+    order = sorted(range(len(vectors[0])), key=lambda s: len(vectors[0][s]))
+    result: list[dict[tuple[int, int], float]] = [{} for _ in order]
+    for start in range(0, len(order), batch):
+        chosen = [s for s in order[start : start + batch] if len(vectors[0][s]) and len(vectors[1][s])]
+        if not chosen:
+            continue  # nothing to link, and nothing to take an argmax of
+        x_a, x_b = (torch.nn.utils.rnn.pad_sequence([side[s] for s in chosen], True) for side in vectors)
+        lengths = [torch.tensor([len(side[s]) for s in chosen], device=x_a.device) for side in vectors]
+        directions, scores = links_of(method, x_a, x_b, *lengths, settings, symmetrization is not None)
+        found: list[list[dict[tuple[int, int], float]]] = []
+        for direction in directions:
+            found.append([{} for _ in chosen])
+            at = direction.nonzero(as_tuple=True)
+            for row, i, j, score in zip(*(index.tolist() for index in at), scores[at].tolist(), strict=True):
+                s = chosen[row]
+                pair = (i, j) if units is None else (units[0][s][i], units[1][s][j])
+                found[-1][row][pair] = max(score, found[-1][row].get(pair, -1.0))
+        for row, s in enumerate(chosen):
+            links = {pair: score for direction in reversed(found) for pair, score in direction[row].items()}
+            if symmetrization is not None:
+                forward, backward = (set(direction[row]) for direction in found)
+                links = {pair: links[pair] for pair in symmetrize(forward, backward, symmetrization)}
+            result[s] = links
+    return result
+
+
+def encode_words(
+    model, tokenizer, sentences: Sequence[Sequence[str]], layers: Sequence[int], settings: dict
+) -> tuple[list[list[int]], dict[int, list[Tensor]]]:
+    """The units of sentences and their vectors at some layers.
+
+    Args:
+        model: the encoder.
+        tokenizer: its fast tokenizer.
+        sentences: words of each sentence.
+        layers: layers wanted.
+        settings: completed settings; `unit` and `word_vector` count here.
+
+    Returns:
+        (of each sentence the word of each vector, {layer: one (n, D) tensor a sentence}).
+    """
+    tokenized = encoder.tokenize(tokenizer, sentences, max_length=MAX_LENGTH)
+    if settings["unit"] == "word":
+        gather = lambda hidden, tokens: encoder.word_vectors(hidden, tokens, settings["word_vector"])  # noqa: E731
+        units = [sentence.kept for sentence in tokenized]
+    else:
+        gather = encoder.subword_vectors
+        units = [[sentence.kept[w] for w in sentence.words if w >= 0] for sentence in tokenized]
+    return units, encoder.encode(model, tokenized, layers, tokenizer.pad_token_id, gather)
 
 
 class GoldEncoder:
@@ -215,24 +313,18 @@ class GoldEncoder:
         self.settings, self.pairs = settings, pairs
         self.units, self.vectors = [], []
         for words in ([pair.english for pair in pairs], [pair.other for pair in pairs]):
-            sentences = encoder.tokenize(tokenizer, words, max_length=256)
-            if settings["unit"] == "word":
-                gather = lambda hidden, tokens: encoder.word_vectors(hidden, tokens, settings["word_vector"])  # noqa: E731
-                self.units.append([list(range(sentence.n_words)) for sentence in sentences])
-            else:
-                gather = encoder.subword_vectors
-                self.units.append([[w for w in sentence.words if w >= 0] for sentence in sentences])
-            vectors = encoder.encode(model, sentences, layers, tokenizer.pad_token_id, gather)
+            units, vectors = encode_words(model, tokenizer, words, layers, settings)
+            self.units.append(units)
             self.vectors.append({layer: self._center(vectors[layer]) for layer in layers})
 
     def _center(self, vectors: list[Tensor]) -> list[Tensor]:
-        if not self.settings["center"]:
+        if not self.settings["center"] or not any(map(len, vectors)):
             return vectors
         mean = torch.cat(vectors).mean(0)
         return [x - mean for x in vectors]
 
     def links(self, method: str, layer: int, overrides: dict | None = None, batch: int = 64) -> list[set]:
-        """Extract word links: a word pair is linked when any of its units are.
+        """Extract word links.
 
         Args:
             method: one of `METHODS`.
@@ -244,17 +336,8 @@ class GoldEncoder:
             Per sentence pair a set of (English word, other word).
         """
         settings = self.settings | (overrides or {})
-        sides = [self.vectors[side][layer] for side in (0, 1)]
-        order = sorted(range(len(self.pairs)), key=lambda s: len(sides[0][s]))
-        result = [set() for _ in self.pairs]
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            x_a, x_b = (torch.nn.utils.rnn.pad_sequence([side[s] for s in chosen], True) for side in sides)
-            lengths = [torch.tensor([len(side[s]) for s in chosen]) for side in sides]
-            for row, i, j in links_of(method, x_a, x_b, *lengths, settings).nonzero().tolist():
-                s = chosen[row]
-                result[s].add((self.units[0][s][i], self.units[1][s][j]))
-        return result
+        sides = self.vectors[0][layer], self.vectors[1][layer]
+        return [set(links) for links in extract(sides, method, settings, units=tuple(self.units), batch=batch)]
 
     def plan(self, layer: int, index: int) -> Tensor:
         """The transport plan of one sentence pair, each row scaled to 1: (n, m) over units."""

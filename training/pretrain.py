@@ -14,14 +14,15 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from training import cli
 from training.data import read_pairs
 from training.splits import held_out_pairs, is_held_out
 from training.tokenizer import train_tokenizer, word_starts
@@ -326,18 +327,18 @@ def run(config: dict, output_dir: Path, snapshot_dir: Path | None = None, resume
     return metrics
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, train, print the metrics."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--snapshot_dir", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     data_folder()
-    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    config = cli.read_yaml_file(arguments.config)
     print(json.dumps(run(config, arguments.output_dir, arguments.snapshot_dir, arguments.resume), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -12,12 +12,13 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, set_seed
 
-from training import evaluate, extract
+from training import cli, evaluate, extract
 from training.data import read_gold, read_pairs
 from training.pretrain import build_model, data_folder, export
 from training.splits import held_out_pairs
@@ -178,16 +179,16 @@ directions. An untrained embedding layer is above chance because names and numbe
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, write model and card, print the card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True, help="output folder of training.pretrain")
     parser.add_argument("--output_dir", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = data_folder()
-    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    config = cli.read_yaml_file(arguments.config)
     metrics_path = arguments.run / "pretrain_metrics.json"
     if not metrics_path.exists():
         raise SystemExit(
@@ -211,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -274,7 +274,7 @@ def test_overrides_reach_every_depth(config_file):
 
 def test_every_pair_comes_once_an_epoch_and_smaller_languages_repeat():
     def sentences(n):
-        return [encoder.Sentence([2, 5 + row, 3], [-1, 0, -1], 1) for row in range(n)]
+        return [encoder.Sentence([2, 5 + row, 3], [-1, 0, -1], [0]) for row in range(n)]
 
     corpora = [Corpus("de", sentences(20), sentences(20)), Corpus("fr", sentences(7), sentences(7))]
     steps = Steps(corpora, [{"epochs": 1}, {"epochs": 2}], batch_pairs=5, seed=1, pad_id=0)

@@ -6,7 +6,7 @@ Run as `python -m training.corpus.check [folder]`: prints the counts and every p
 import sys
 from pathlib import Path
 
-from training.data import LINK, read_lines, split_words
+from training.data import LINK, read_lines, split_tokens, split_words
 from training.splits import normalise_english
 
 LANGUAGES = ("en", "de", "fr", "es", "el", "bg")
@@ -136,13 +136,13 @@ def _gold_problems(path: Path, language: str, held_out: list[list[str]]) -> list
         if len(columns) != 3:
             found.append(f"{place}: expected 3 columns, got {len(columns)}")
             continue
-        english, other = columns[0].split(), columns[1].split()
+        english, other = split_tokens(columns[0]), split_tokens(columns[1])
         pair = "".join(english), "".join(other)
         if pair not in pairs:
             found.append(f"{place}: no held-out sentence pair reads {columns[0]!r}, {columns[1]!r}")
         if seen.setdefault(pair, place) != place:
             found.append(f"{place}: sentence pair already in {seen[pair]}")
-        found += [f"{place}: {defect}" for defect in _link_problems(columns[2].split(), len(english), len(other))]
+        found += [f"{place}: {defect}" for defect in _link_problems(split_tokens(columns[2]), len(english), len(other))]
     return found
 
 
