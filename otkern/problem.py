@@ -126,10 +126,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_values(inputs: Inputs) -> None:
+def check_values(inputs: Inputs, equal_masses: bool = True) -> None:
     """Raise `ValueError` for values that no problem may hold; reads the data, so it synchronises an accelerator.
 
-    Points and costs are left to `check_points`, or to a backend that reads them anyway.
+    ``equal_masses``: the sides of a balanced problem must have the same mass; GeomLoss's loop takes any. Points and
+    costs are left to `check_points`, or to a backend that reads them anyway.
     """
     reg, tiny = inputs.reg, torch.finfo(inputs.reg.dtype).tiny
     # One pass for what nearly always holds; a NaN fails both comparisons.
@@ -151,6 +152,8 @@ def check_values(inputs: Inputs) -> None:
     mass_a, mass_b = (_check_weights(side, weights, inputs, side == "a") for side, weights, *_ in sides)
     if inputs.relaxation is not None:
         _check_relaxation(inputs, mass_a, mass_b)
+    if not equal_masses:
+        return
     gap = (mass_a - mass_b).abs() > MASS_TOLERANCE * torch.maximum(mass_a, mass_b)
     if inputs.kind == "unbalanced":
         gap = gap & inputs.relaxation.isinf().all(1)

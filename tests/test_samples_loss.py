@@ -309,29 +309,33 @@ def test_the_converged_loss_takes_batches_and_lengths(backend, device):
 
 def test_what_is_not_served_is_refused_with_the_reason():
     x = torch.rand(4, 2)
-    for name in ("energy", "gaussian", "laplacian", "hausdorff"):
-        with pytest.raises(NotImplementedError, match=r"use geomloss\.SamplesLoss"):
-            otkern.SamplesLoss(name)
     for options, error, message in (
-        ({"loss": "l1"}, ValueError, "^loss must be 'sinkhorn'"),
+        ({"loss": "l1"}, ValueError, "^loss must be 'sinkhorn' or one of energy"),
+        ({"loss": "hausdorff"}, NotImplementedError, "^loss='hausdorff' is not served"),
         ({"p": 3}, ValueError, "^p must be 1 or 2"),
         ({"blur": 0}, ValueError, "^blur must be a positive"),
+        ({"blur": torch.ones(2)}, ValueError, "^blur must be a positive"),
         ({"reach": -1.0}, ValueError, "^reach must be None or a positive"),
         ({"diameter": "item"}, ValueError, "^diameter must be None, 'batch' or a positive"),
         ({"scaling": 1}, ValueError, "^scaling must be a number between 0 and 1"),
-        ({"cost": lambda x, y: x}, NotImplementedError, r"^cost: .* otkern\.solve"),
-        ({"backend": "multiscale"}, NotImplementedError, "approximation"),
+        ({"cost": "Norm2(X-Y)"}, NotImplementedError, "formula of KeOps: for a squared distance give p=2"),
+        ({"cost": torch.cdist, "tol": 1e-3}, NotImplementedError, r"^tol: .* otkern\.solve"),
+        ({"cost": 3}, ValueError, "^cost must be None or a function"),
         ({"backend": "keops"}, ValueError, "^backend must be one of auto, "),
     ):
         with pytest.raises(error, match=message):
             otkern.SamplesLoss(**options)
-    labels = torch.zeros(4, dtype=torch.long)
-    with pytest.raises(NotImplementedError, match="labels"):
-        otkern.SamplesLoss()(labels, None, x, labels, None, x)
+        loss = otkern.SamplesLoss()
+        for name, value in options.items():
+            setattr(loss, name, value)
+        with pytest.raises(error, match=message):
+            loss(x, x)
     with pytest.raises(ValueError, match="not 3 tensors"):
         otkern.SamplesLoss()(x, x, x)
     with pytest.raises(ValueError, match=r"^a and b must have the same total mass"):
-        otkern.SamplesLoss()(torch.ones(4), x, torch.ones(4) / 4, x)
+        otkern.SamplesLoss(tol=1e-3)(torch.ones(4), x, torch.ones(4) / 4, x)
+    with pytest.raises(ValueError, match=r"^cost must return a tensor of shape \(1, 4, 4\)"):
+        otkern.SamplesLoss(cost=lambda x, y: x)(x, x)
 
 
 def test_a_second_derivative_is_refused(backend, device):
@@ -404,3 +408,141 @@ def test_one_graph_serves_clouds_of_every_size():
     for n in range(5, 16):
         x = torch.randn(2, n, 3)
         torch.testing.assert_close(compiled(x, y), loss(x, y))
+
+
+# Calls as people write them.
+
+
+def _cosine_cost(x, y):
+    return 1 - nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(y, dim=-1).mT
+
+
+def _manhattan(x, y):
+    return (x.unsqueeze(2) - y.unsqueeze(1)).abs().sum(-1)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"reach": 0.7}, {"p": 1, "potentials": True}], ids=str)
+@pytest.mark.parametrize("cost", [_cosine_cost, _manhattan])
+def test_a_cost_of_ones_own_is_that_of_geomloss(backend, device, cost, options, debias):
+    options = options | {"cost": cost, "blur": 0.3, "debias": debias}
+    mine, theirs = otkern.SamplesLoss(**options, backend=backend, diameter="batch"), geomloss.SamplesLoss(**options)
+    for tensors in (batch_of((7, 5), None), batch_of((7, 5), 2)):
+        if options.get("reach"):  # whose gradients lack a factor in GeomLoss
+            assert relative_error(mine(*(t.to(device) for t in tensors)).cpu(), theirs(*tensors)) < 1e-10
+            continue
+        if not options.get("potentials"):
+            assert_equal_losses(mine, theirs, tensors, device=device)
+            continue
+        for got, want in zip(mine(*(t.to(device) for t in tensors)), theirs(*tensors), strict=True):
+            torch.testing.assert_close(got.cpu().view_as(want), want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cost_of_ones_own_takes_lengths(backend, device):
+    _, x, _, y = (t.to(device) for t in batch_of((7, 5), 2))
+    loss = otkern.SamplesLoss(cost=_manhattan, blur=0.3, backend=backend)
+    x_padded = torch.cat([x, torch.full_like(x, math.nan)], 1)
+    assert torch.allclose(loss(x_padded, y, lengths_a=[7, 4], lengths_b=[5, 5])[1], loss(x[1, :4], y[1]))
+
+
+@pytest.mark.parametrize("name", ["energy", "gaussian", "laplacian"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kernel_norms_are_those_of_geomloss(monkeypatch, name, dtype):
+    mine, theirs = otkern.SamplesLoss(name, blur=0.4), geomloss.SamplesLoss(name, blur=0.4)
+    for tensors in (batch_of((9, 6), None), batch_of((9, 6), 3)):
+        for entries in (1 << 22, 20):
+            monkeypatch.setattr("otkern.kernel_losses.BLOCK_ENTRIES", entries)
+            assert_equal_losses(mine, theirs, tensors, dtype)
+    mine.potentials = theirs.potentials = True
+    for got, want in zip(mine(*tensors), theirs(*tensors), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_kernel_norms_take_lengths_a_kernel_and_coincident_points():
+    a, x, b, y = batch_of((7, 5), 2)
+    loss = otkern.SamplesLoss("energy", backend="online")
+    padded = torch.cat([x, torch.full_like(x, math.nan)], 1)
+    assert torch.allclose(loss(padded, y, lengths_a=[7, 4], lengths_b=[5, 5])[1], loss(x[1, :4], y[1]))
+    leaf = x[0].clone().requires_grad_()
+    assert loss(leaf, x[0]).abs() < 1e-12
+    assert torch.autograd.grad(loss(leaf, x[0]), leaf)[0].abs().max() < 1e-12
+
+    def kernel(x, y, blur, use_keops, ranges):
+        return torch.exp(-_manhattan(x, y) / blur)
+
+    options = {"loss": "gaussian", "kernel": kernel, "blur": 0.3}
+    assert_equal_losses(otkern.SamplesLoss(**options), geomloss.SamplesLoss(**options), [a, x, b, y])
+
+
+@pytest.mark.parametrize(
+    "name", ["blur", "p", "reach", "loss", "cost", "debias", "scaling", "potentials", "backend", "tol"]
+)
+def test_attributes_set_later_are_obeyed(name):
+    value = {"blur": 0.3, "p": 1, "reach": 0.6, "loss": "energy", "cost": _manhattan, "debias": False, "scaling": 0.8,
+             "potentials": True, "backend": "online", "tol": 1e-6}[name]  # fmt: skip
+    tensors = batch_of((7, 5), None)
+    start = {"p": 1} if name == "backend" else {}
+    loss = otkern.SamplesLoss(**start)
+    setattr(loss, name, value)
+    got, want = loss(*tensors), otkern.SamplesLoss(**start, **{name: value})(*tensors)
+    assert all(map(torch.equal, got, want)) if name == "potentials" else torch.equal(got, want)
+
+
+def test_a_subclass_may_set_its_attributes_before_it_calls():
+    class Loss(otkern.SamplesLoss):
+        def __init__(self):
+            super().__init__()
+            self.cost = _cosine_cost
+            self.blur = torch.tensor(0.2)
+
+    tensors = batch_of((7, 5), None)
+    assert_equal_losses(Loss(), geomloss.SamplesLoss(cost=_cosine_cost, blur=0.2), tensors)
+
+
+@pytest.mark.parametrize("options", [{}, {"reach": 0.5}, {"debias": False}, {"loss": "energy"}], ids=str)
+def test_masses_that_differ_are_taken_as_geomloss_takes_them(backend, device, options):
+    a, x, b, y = batch_of((7, 5), 2)
+    tensors = [3 * a, x, 1.7 * b, y]
+    mine = otkern.SamplesLoss(blur=0.4, diameter="batch", backend=backend, **options)
+    theirs = geomloss.SamplesLoss(blur=0.4, **options)
+    if options.get("reach"):  # whose gradients lack a factor in GeomLoss
+        assert relative_error(mine(*(t.to(device) for t in tensors)).cpu(), theirs(*tensors)) < 1e-10
+    else:
+        assert_equal_losses(mine, theirs, tensors, device=device)
+
+
+def test_options_may_be_tensors_of_one_element():
+    tensors = batch_of((7, 5), None)
+    numbers = {"blur": 0.3, "diameter": 2.0, "reach": 0.8}
+    loss = otkern.SamplesLoss(**{name: torch.tensor(value).double() for name, value in numbers.items()})
+    assert torch.equal(loss(*tensors), otkern.SamplesLoss(**numbers)(*tensors))
+
+
+def test_weights_of_another_dtype_and_points_of_16_bits():
+    a, x, b, y = batch_of((7, 5), None)
+    loss = otkern.SamplesLoss(blur=0.4)
+    weights = a.clone().requires_grad_()
+    value = loss(weights, x.float(), b, y.float())
+    assert value.dtype == torch.float32 and relative_error(value.double(), loss(a, x, b, y)) < 1e-5
+    assert torch.autograd.grad(value, weights)[0].dtype == torch.float64
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(half, y.to(dtype))
+        assert value.dtype == torch.float32 and torch.autograd.grad(value, half)[0].dtype == dtype
+
+
+def test_labels_and_multiscale_give_the_exact_answer():
+    a, x, b, y = batch_of((7, 5), None)
+    labels = torch.zeros(7, dtype=torch.long), torch.zeros(5, dtype=torch.long)
+    exact = otkern.SamplesLoss()(a, x, b, y)
+    assert torch.equal(otkern.SamplesLoss(backend="multiscale")(labels[0], a, x, labels[1], b, y), exact)
+    assert torch.equal(otkern.SamplesLoss()(None, a, x, None, b, y), exact)
+
+
+def test_distances_have_a_floor_where_geomloss_has_one():
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    for backend, floor in (("tensorized", 1e-4), ("auto", 1e-4), ("online", 0.0), ("multiscale", 0.0)):
+        value = otkern.SamplesLoss(p=1, debias=False, backend=backend)(x, x)
+        assert abs(float(value) - floor) < 1e-12, backend
+    assert abs(float(geomloss.SamplesLoss(p=1, debias=False)(x, x)) - 1e-4) < 1e-12
