@@ -51,7 +51,8 @@ class SamplesLoss(nn.Module):
 
     Shape:
         ``loss(x, y)``, ``loss(a, x, b, y)`` or ``loss(labels_x, a, x, labels_y, b, y)``, whose labels have no effect:
-        x (N, D) or (B, N, D), y (M, D) or (B, M, D), a (N,) or (B, N), b (M,) or (B, M), uniform where not given; ``lengths_a``, ``lengths_b`` (B,): true sizes of a padded batch.
+        x (N, D) or (B, N, D), y (M, D) or (B, M, D), a (N,) or (B, N), b (M,) or (B, M), uniform where not given;
+        ``lengths_a``, ``lengths_b`` (B,): true sizes of a padded batch.
         Returns a scalar or (B,), float64 for float64 points, else float32; with ``potentials`` (B, N) and (B, M), or
         (1, N) and (1, M) as GeomLoss does.
 
