@@ -33,6 +33,20 @@ def is_needed(fields: Iterable[Any]) -> bool:
     return False
 
 
+# The autograd function of each op that has one, by the op's name.
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, outside of traced code."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def call(name: str, *args: Any) -> Any:
+    """An op that autograd knows. The transforms of `torch.func` get its function, which they see through."""
+    return FUNCTIONS[name].apply(*args) if is_transformed() else getattr(torch.ops.otkern, name)(*args)
+
+
 def is_recorded(fields: Iterable[Any]) -> bool:
     """Whether autograd has to know of a call with these arguments."""
     return torch.is_grad_enabled() and any(isinstance(field, Tensor) and field.requires_grad for field in fields)

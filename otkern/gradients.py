@@ -287,7 +287,7 @@ def _value_sums(inputs: Inputs, f: Tensor, g: Tensor, dvalue: Tensor, needs: lis
     """(dx_a, dx_b, dcost, ratio_a, ratio_b, entropy); nothing, or an empty tensor, for what is not needed."""
     arguments = (*inputs, f, g, dvalue)
     if dispatch.is_needed(arguments) or dispatch.is_recorded(arguments):
-        return torch.ops.otkern.sinkhorn_backward(*arguments, needs, backend)
+        return dispatch.call("sinkhorn_backward", *arguments, needs, backend)
     return dispatch.serving(inputs, backend).backward(inputs, f, g, dvalue, tuple(needs))
 
 

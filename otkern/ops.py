@@ -81,7 +81,7 @@ def sinkhorn(inputs: Inputs, iterations: Iterations, how: Differentiation, check
     solver = how.tolerance(inputs.compute_dtype), how.max_iter
     arguments = (*inputs, *iterations, *solver, check, backend)
     if dispatch.is_needed(inputs):
-        return torch.ops.otkern.sinkhorn(*arguments)
+        return dispatch.call("sinkhorn", *arguments)
     return (_Sinkhorn.apply if dispatch.is_recorded(inputs) else _sinkhorn)(*arguments)
 
 
@@ -90,12 +90,13 @@ def apply_plan(inputs: Inputs, f: Tensor, g: Tensor, v: Tensor, transpose: bool,
 
     With ``times_cost`` (P o C) @ v, which is differentiable with respect to v alone.
     """
-    return torch.ops.otkern.apply_plan(*inputs, f, g, v, transpose, times_cost, backend)
+    arguments = (*inputs, f, g, v, transpose, times_cost, backend)
+    return dispatch.call("apply_plan", *arguments)
 
 
 def plan(inputs: Inputs, f: Tensor, g: Tensor, backend: str):
     """The dense plans (B, max_a, max_b), 0 in the padding; differentiable."""
-    return torch.ops.otkern.plan(*inputs, f, g, backend)
+    return dispatch.call("plan", *inputs, f, g, backend)
 
 
 def linear_value(inputs: Inputs, f: Tensor, g: Tensor, backend: str) -> Tensor:
@@ -129,7 +130,7 @@ def symmetric(
 ):
     """(s_a, s_b, ...) of GeomLoss's loop; s_a is differentiable with respect to x_a, s_b to x_b, equation (24)."""
     loop = (eps_start, n_steps, eps_factor, cost_floor)
-    outputs = torch.ops.otkern.symmetric(*inputs, *loop, check, backend)
+    outputs = dispatch.call("symmetric", *inputs, *loop, check, backend)
     if inputs.compute_dtype == torch.float64:
         return outputs
     sides = (True, False, True, False, True, False)
@@ -139,9 +140,82 @@ def symmetric(
         return outputs
     if not backends.holds_float64(backend, inputs.device, max(inputs.max_a, inputs.max_b)):
         return outputs
-    problem, starts = doubled.problem(), (doubled.per_item(eps_start), doubled.chosen(n_steps))
-    again = torch.ops.otkern.symmetric(*problem, *starts, eps_factor, cost_floor, False, backend)
+    problem, loop = (
+        doubled.problem(),
+        (doubled.chosen(eps_start).double(), doubled.chosen(n_steps), eps_factor, cost_floor),
+    )
+    again = dispatch.call("symmetric", *problem, *loop, False, backend)
     return tuple(doubled.merged(*three) for three in zip(outputs, again, sides, strict=True))
+
+
+def _over_batch(info, in_dims, args, apply):
+    """The rule of `torch.vmap`: a batch of batches is one batch. Packed batches, and clouds with themselves among
+    pairs, are solved one after the other."""
+    size, inputs = info.batch_size, Inputs(*args[:_N_PROBLEM])
+    tensors = {
+        k: (arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0))
+        for k, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
+        if isinstance(arg, Tensor)
+    }
+    if inputs.cu_seqlens_a is not None or inputs.first_self > 0:
+        slices = ([tensors[k][i] if k in tensors else arg for k, arg in enumerate(args)] for i in range(size))
+        results = [apply(*slice_) for slice_ in slices]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+    result = apply(*(tensors[k].flatten(0, 1) if k in tensors else arg for k, arg in enumerate(args)))
+
+    def unfolded(part: Tensor) -> Tensor:
+        # An empty tensor stands for what is not needed.
+        return part.unflatten(0, (size, -1)) if part.numel() else part.new_empty((size, *part.shape))
+
+    if isinstance(result, Tensor):
+        return unfolded(result), 0
+    return tuple(map(unfolded, result)), (0,) * len(result)
+
+
+class _Function(torch.autograd.Function):
+    """A function of a batch of problems, whose tensors have one entry an item first, or are packed."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        return _over_batch(info, in_dims, args, cls.apply)
+
+
+def _saved(ctx) -> tuple:
+    """The saved tensors, and not the shells that `torch.func.vjp` leaves of them when it has returned."""
+    functorch = torch._C._functorch
+    return tuple(
+        functorch.unwrap_if_dead(t) if t is not None and functorch.is_functorch_wrapped_tensor(t) else t
+        for t in ctx.saved_tensors
+    )
+
+
+class _Refused(torch.autograd.Function):
+    """The identity in the first tensors; differentiating it with respect to any of them or of the others raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message, n_outputs, *tensors):
+        return tuple(t.clone() for t in tensors[:n_outputs])
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
+        ctx.message = args[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(ctx.message)
+
+
+def _refusing(grads, message: str, behind) -> tuple:
+    """The gradients; where a graph is asked for, one that raises when it is differentiated with respect to `behind`."""
+    given = [grad for grad in grads if grad is not None]
+    if not torch.is_grad_enabled() or not given:
+        return tuple(grads)
+    refused = iter(_Refused.apply(message, len(given), *given, *(t for t in behind if t is not None)))
+    return tuple(None if grad is None else next(refused) for grad in grads)
 
 
 def _define(name: str, signature: str, kernel, fake) -> None:
@@ -178,29 +252,31 @@ def _sinkhorn_fake(*args):
     return value, f, g, multipliers, marginal_error, n_iters
 
 
-class _Sinkhorn(torch.autograd.Function):
+class _Sinkhorn(_Function):
     """The op below autograd, and its envelope gradient."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         if dispatch.is_needed(args):
             with torch._C._AutoDispatchBelowAutograd():
-                value, *rest = _sinkhorn_op(*args)
-        else:
-            value, *rest = _sinkhorn(*args)
+                return _sinkhorn_op(*args)
+        return _sinkhorn(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
+        value, *rest = outputs
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_N_TENSORS], *rest[:3], value)
         ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
         ctx.how = Differentiation(tol=args[-4], max_iter=args[-3])
-        return value, *rest
 
     @staticmethod
     def backward(ctx, dvalue, *_):
         need = ctx.needs_input_grad
         if dvalue is None:
             return (None,) * len(need)
-        *tensors, f, g, multipliers, value = ctx.saved_tensors
+        *tensors, f, g, multipliers, value = _saved(ctx)
         inputs = Inputs(*tensors, *ctx.sizes)
         # A problem without a feasible plan has a constant value, +inf, around it.
         dvalue = torch.where(torch.isfinite(value), dvalue, 0)
@@ -247,24 +323,31 @@ def _sums_fake(*args):
     return tuple(f.new_empty(0) if not w else t.new_empty(t.shape) for t, w in zip(like, wanted, strict=True))
 
 
-class _SinkhornBackward(torch.autograd.Function):
+class _SinkhornBackward(_Function):
     """The sums for the value's gradient; their derivative is formed densely, in torch."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            sums = _sinkhorn_backward_op(*args)
+            return _sinkhorn_backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
         f, g, dvalue, needs, _ = args[_N_PROBLEM:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_N_TENSORS], f, g, dvalue)
         ctx.sizes, ctx.needs = args[_N_TENSORS:_N_PROBLEM], needs
-        return sums
 
     @staticmethod
     def backward(ctx, *cotangents):
+        if dispatch.is_transformed():
+            raise NotImplementedError(
+                "second derivatives of an entropic OT value are not supported within torch.func; use torch.autograd.grad "
+                "with create_graph=True"
+            )
         if torch.is_grad_enabled():
             raise NotImplementedError("third derivatives of an entropic OT value are not supported")
-        *tensors, f, g, dvalue = ctx.saved_tensors
+        *tensors, f, g, dvalue = _saved(ctx)
         inputs = Inputs(*tensors, *ctx.sizes)
         of_problem, df, dg, ddvalue = second_order.of_value_sums(inputs, f, g, dvalue, ctx.needs, cotangents)
         nothing = (None,) * (_N_PROBLEM - _N_DIFFERENTIABLE)
@@ -294,21 +377,23 @@ def _plan_fake(*args):
     return f.new_empty((inputs.batch, inputs.max_a, inputs.max_b))
 
 
-class _ApplyPlan(torch.autograd.Function):
+class _ApplyPlan(_Function):
     """The op below autograd: linear in v, and a function of the problem and the potentials through the plan."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            out = _apply_plan_op(*args)
+            return _apply_plan_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
         f, g, v, transpose, times_cost, backend = args[_N_PROBLEM:]
         ctx.save_for_backward(*args[:_N_TENSORS], f, g, v)
         ctx.sizes, ctx.rest = args[_N_TENSORS:_N_PROBLEM], (transpose, times_cost, backend)
-        return out
 
     @staticmethod
     def backward(ctx, dout):
-        *tensors, f, g, v = ctx.saved_tensors
+        *tensors, f, g, v = _saved(ctx)
         inputs, (transpose, times_cost, backend) = Inputs(*tensors, *ctx.sizes), ctx.rest
         need, dout, dv = ctx.needs_input_grad, dout.contiguous(), None
         if need[_N_PROBLEM + 2]:
@@ -324,42 +409,48 @@ class _ApplyPlan(torch.autograd.Function):
         return (*_for_problem(grads, need[:_N_PROBLEM]), grads.f, grads.g, dv, None, None, None)
 
 
-class _Plan(torch.autograd.Function):
+class _Plan(_Function):
     """The op below autograd, and the derivative of the dense plan."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            out = _plan_op(*args)
+            return _plan_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
         ctx.save_for_backward(*args[:_N_TENSORS], *args[_N_PROBLEM : _N_PROBLEM + 2])
         ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
-        return out
 
     @staticmethod
     def backward(ctx, dplan):
         _refuse_second(gradient_of="a plan")
-        *tensors, f, g = ctx.saved_tensors
+        *tensors, f, g = _saved(ctx)
         inputs, need = Inputs(*tensors, *ctx.sizes), ctx.needs_input_grad
         grads = gradients.of_plan(inputs, f, g, dplan, list(need[:_N_DIFFERENTIABLE]), ctx.backend)
         return (*_for_problem(grads, need[:_N_PROBLEM]), grads.f, grads.g, None)
 
 
-class _LinearValue(torch.autograd.Function):
+class _LinearValue(_Function):
     """<P, C>, and its derivative at fixed potentials and with respect to them."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         inputs, (f, g, backend) = _split(args)
         ones = f.new_ones((*inputs.shape_g, 1))
         rows = apply_plan(inputs, f, g, ones, False, True, backend).squeeze(-1)
+        return item_sums(inputs, True, rows)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
+        f, g, backend = args[_N_PROBLEM:]
         ctx.save_for_backward(*args[:_N_TENSORS], f, g)
         ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], backend
-        return item_sums(inputs, True, rows)
 
     @staticmethod
     def backward(ctx, d):
         _refuse_second(gradient_of="value_linear")
-        *tensors, f, g = ctx.saved_tensors
+        *tensors, f, g = _saved(ctx)
         inputs, need = Inputs(*tensors, *ctx.sizes), ctx.needs_input_grad
         d = d.contiguous()
         grads = gradients.of_linear_value(inputs, f, g, d, list(need[:_N_DIFFERENTIABLE]), ctx.backend)
@@ -367,7 +458,8 @@ class _LinearValue(torch.autograd.Function):
 
 
 def _refuse_second(gradient_of: str) -> None:
-    if torch.is_grad_enabled():
+    # The transforms of torch.func always ask for a graph. There the ops below, which have no formula, refuse.
+    if torch.is_grad_enabled() and not dispatch.is_transformed():
         raise NotImplementedError(
             f"the gradient of {gradient_of} is not differentiable again; second derivatives exist of value"
         )
@@ -407,21 +499,25 @@ def _unrolled_fake(*args):
     )
 
 
-class _Potentials(torch.autograd.Function):
+class _Potentials(_Function):
     """The identity in the potentials; its backward leads to the problem."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
+        f, g, multipliers, _, _ = args[_N_PROBLEM:]
+        return f.clone(), g.clone(), multipliers.clone()
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
         f, g, multipliers, how, backend = args[_N_PROBLEM:]
         ctx.set_materialize_grads(False)
         unrolled = how.iterations if how.grad == "unrolled" else None
         ctx.save_for_backward(*args[:_N_TENSORS], f, g, multipliers, *(unrolled[:2] if unrolled else (None, None)))
         ctx.sizes, ctx.how, ctx.backend = args[_N_TENSORS:_N_PROBLEM], how, backend
-        return f.clone(), g.clone(), multipliers.clone()
 
     @staticmethod
     def backward(ctx, df, dg, dmultipliers):
-        *tensors, f, g, multipliers, g_init, eps_start = ctx.saved_tensors
+        *tensors, f, g, multipliers, g_init, eps_start = _saved(ctx)
         inputs, how, need = Inputs(*tensors, *ctx.sizes), ctx.how, ctx.needs_input_grad
         if df is None and dg is None and dmultipliers is None:
             return (None,) * len(need)
@@ -456,20 +552,23 @@ def _warn_of_residual(residual: Tensor, n_iters: Tensor, how: Differentiation) -
         )
 
 
-class _DualValue(torch.autograd.Function):
+class _DualValue(_Function):
     """The identity in the value; its backward leads to the problem and to the potentials."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
+        return args[_N_PROBLEM].clone()
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
         value, f, g, multipliers, backend = args[_N_PROBLEM:]
         ctx.save_for_backward(*args[:_N_TENSORS], value, f, g, multipliers)
         ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], backend
-        return value.clone()
 
     @staticmethod
     def backward(ctx, dvalue):
         _refuse_second(gradient_of='a value with grad="implicit" or "unrolled"')
-        *tensors, value, f, g, multipliers = ctx.saved_tensors
+        *tensors, value, f, g, multipliers = _saved(ctx)
         inputs, need = Inputs(*tensors, *ctx.sizes), ctx.needs_input_grad
         dvalue = torch.where(torch.isfinite(value), dvalue, 0).contiguous()
         needs = list(need[:_N_DIFFERENTIABLE])
@@ -494,31 +593,37 @@ def _symmetric_fake(*args):
     return tuple(inputs.primary.new_empty(shape, dtype=inputs.compute_dtype) for shape in shapes)
 
 
-class _Symmetric(torch.autograd.Function):
+class _Symmetric(_Function):
     """The op below autograd; each soft minimum as a function of its own points, all else held fixed."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            s_a, s_b, *rest = _symmetric_op(*args)
+            return _symmetric_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
+        s_a, s_b, *rest = outputs
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_N_TENSORS], s_a, s_b, *rest)
         ctx.sizes, ctx.backend = args[_N_TENSORS:_N_PROBLEM], args[-1]
-        return s_a, s_b, *rest
 
     @staticmethod
     def backward(ctx, ds_a, ds_b, *_):
         need = ctx.needs_input_grad
         if ds_a is None and ds_b is None:
             return (None,) * len(need)
-        _refuse_second(gradient_of="GeomLoss's loop")
-        *tensors, s_a, s_b, f, g, r_a, r_b = ctx.saved_tensors
+        *tensors, s_a, s_b, f, g, r_a, r_b = _saved(ctx)
         inputs, dx_a, dx_b = Inputs(*tensors, *ctx.sizes), None, None
-        if need[0] and ds_a is not None:
-            dx_a = gradients.of_soft_minimum(inputs, s_a, g, r_a, ds_a, True, ctx.backend)
-        if need[1] and ds_b is not None:
-            dx_b = gradients.of_soft_minimum(inputs, f, s_b, r_b, ds_b, False, ctx.backend)
+        with torch.no_grad():
+            if need[0] and ds_a is not None:
+                dx_a = gradients.of_soft_minimum(inputs, s_a, g, r_a, ds_a, True, ctx.backend)
+            if need[1] and ds_b is not None:
+                dx_b = gradients.of_soft_minimum(inputs, f, s_b, r_b, ds_b, False, ctx.backend)
+        # Not refused here: torch.func.vjp asks for a graph that nobody may use.
+        message = "the gradient of GeomLoss's loop is not differentiable again; second derivatives exist of value"
+        dx_a, dx_b = _refusing((dx_a, dx_b), message, (inputs.x_a, inputs.x_b, ds_a, ds_b))
         return (dx_a, dx_b, *(None for _ in need[2:]))
 
 
@@ -583,6 +688,12 @@ for _name, _function in (
     ("symmetric", _Symmetric),
 ):
     _library.impl(_name, _function.apply, "Autograd")
+    dispatch.FUNCTIONS[_name] = _function
+for _name in ("plan_backward", "implicit", "unrolled"):
+    _op = getattr(torch.ops.otkern, _name).default
+    torch.library.register_vmap(
+        f"otkern::{_name}", lambda info, in_dims, *args, _op=_op: _over_batch(info, in_dims, args, _op), lib=_library
+    )
 _sinkhorn_op, _sinkhorn_backward_op, _apply_plan_op, _plan_op, _symmetric_op = (
     torch.ops.otkern.sinkhorn.default,
     torch.ops.otkern.sinkhorn_backward.default,

@@ -24,6 +24,9 @@ class OTResult:
     Shapes are those of a batch; an unbatched call gives them without their first axis. For a packed batch, what has
     one entry a point is packed as well, and what is a matrix is padded to (B, max_seqlen_a, max_seqlen_b).
 
+    A result can be copied, pickled and sent to another process. The copy keeps its numbers and is detached: what had a
+    graph has none.
+
     Attributes:
         value: (B,), the optimal objective (the dual objective when iterations were cut short); differentiable, twice
             with ``grad="envelope"``. ``+inf`` for a problem without a feasible plan.
@@ -73,6 +76,19 @@ class OTResult:
                 setattr(self, name, in_float64.merged(getattr(self, name), getattr(in_float64.result, name)))
         if self._f.device.type == "cpu":
             self._warn_where_not_converged()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self._versions is not None:
+            # A copy is of tensors as they are: a change since the solve has to show now, for no count goes with them.
+            self._check_unchanged()
+            state["_versions"] = "as copied"
+        return {name: _without_graph(value) for name, value in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if state["_versions"] is not None:
+            self._versions = [tensor._version for _, tensor in self._tensors()]
 
     def __repr__(self) -> str:
         shape = f"batch={self._inputs.batch}, " if self._batched else ""
@@ -286,6 +302,16 @@ class OTResult:
             f"{float(self._marginal_error[worst]):.3g} after {int(self._n_iters[worst])} iterations; "
             "raise max_iter, tol or reg"
         )
+
+
+def _without_graph(value: Any) -> Any:
+    """The same tensors, at any depth, as leaves: no graph can be copied or sent to another process."""
+    if isinstance(value, Tensor):
+        return value if value.is_leaf else value.detach()
+    if isinstance(value, tuple):
+        parts = [_without_graph(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 # A module's call reaches this package through torch; the line a user wants to see is the one behind both.

@@ -11,7 +11,7 @@ from otkern import kernel_losses
 from otkern.annealing import Settings, annealed_potentials, read_settings
 from otkern.arguments import read_points, read_relaxation
 from otkern.problem import Inputs, check_points, check_values, item_sums, masses, weights_of
-from otkern.solve import Integers, solve_sample
+from otkern.solve import Integers, refuse_forward_mode, solve_sample
 
 
 class SamplesLoss(nn.Module):
@@ -127,6 +127,7 @@ class SamplesLoss(nn.Module):
         inputs, batched = read_points(x, y, a, b, eps, metric, lengths_a, lengths_b, None, None, None, None)
         if settings.loss != "sinkhorn":
             return _kernel_loss(settings, inputs, batched)
+        refuse_forward_mode(inputs)
         inputs = read_relaxation(inputs, rho, None, None, entropy=False)
         f, g, f_self, g_self = annealed_potentials(settings, inputs)
         unit = settings.unit

@@ -32,10 +32,15 @@ def dense_cost(inputs: Inputs) -> Tensor:
 class _SquaredDistance(torch.autograd.Function):
     """|x - y|^2 of points (B, N, D), (B, M, D) from differences; keeps the points only, and is twice differentiable."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
+    def forward(x, y):
         return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, w):

@@ -321,7 +321,7 @@ def read_call(
         raise ValueError(f"tol must be None or a finite number of at least 0, but was {tol!r}")
     if check is not None and not isinstance(check, bool):
         raise ValueError(f"check must be None or a bool, but was {check!r}")
-    _refuse_forward_mode(inputs)
+    refuse_forward_mode(inputs)
     differentiation = _read_differentiation(*how)
     if differentiation.grad == "detach":
         inputs = inputs.detach()
@@ -449,7 +449,8 @@ def _entropy_of_weights(inputs: Inputs) -> Tensor:
     return inputs.reg * (total + (mass_a + mass_b) / 2 - mass_a * mass_b)
 
 
-def _refuse_forward_mode(inputs: Inputs) -> None:
+def refuse_forward_mode(inputs: Inputs) -> None:
+    """Raise `NotImplementedError` where a tensor carries a tangent."""
     # A custom op would drop the tangent without a word. Outside forward mode this costs one comparison.
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
