@@ -342,8 +342,8 @@ class _SinkhornBackward(_Function):
     def backward(ctx, *cotangents):
         if dispatch.is_transformed():
             raise NotImplementedError(
-                "second derivatives of an entropic OT value are not supported within torch.func; use torch.autograd.grad "
-                "with create_graph=True"
+                "second derivatives of an entropic OT value are not supported within torch.func; use "
+                "torch.autograd.grad with create_graph=True"
             )
         if torch.is_grad_enabled():
             raise NotImplementedError("third derivatives of an entropic OT value are not supported")
@@ -436,7 +436,8 @@ class _LinearValue(_Function):
 
     @staticmethod
     def forward(*args):
-        inputs, (f, g, backend) = _split(args)
+        # Counted from the end, here and below: where nothing needs a gradient, torch.compile puts a context first.
+        inputs, (f, g, backend) = _split(args[-_N_PROBLEM - 3 :])
         ones = f.new_ones((*inputs.shape_g, 1))
         rows = apply_plan(inputs, f, g, ones, False, True, backend).squeeze(-1)
         return item_sums(inputs, True, rows)
@@ -504,7 +505,7 @@ class _Potentials(_Function):
 
     @staticmethod
     def forward(*args):
-        f, g, multipliers, _, _ = args[_N_PROBLEM:]
+        f, g, multipliers, _, _ = args[-5:]
         return f.clone(), g.clone(), multipliers.clone()
 
     @staticmethod
@@ -557,7 +558,7 @@ class _DualValue(_Function):
 
     @staticmethod
     def forward(*args):
-        return args[_N_PROBLEM].clone()
+        return args[-5].clone()
 
     @staticmethod
     def setup_context(ctx, args, outputs):
