@@ -65,9 +65,9 @@ $(VENV)/.align: $(VENV)/.base $(SOURCES)
 	@$(BIN)/python -m otkern.env
 	@touch $@
 
-# With the executor that runs the CUDA kernels on the CPU.
+# With the CUDA kernels for every target, on any machine with nvcc, and the executor that runs them on the CPU.
 $(VENV)/.dev: $(VENV)/.base $(SOURCES)
-	OTKERN_BUILD_HOST_EXECUTOR=1 $(PIP) --no-build-isolation --editable '.[train,bench,test,dev]'
+	OTKERN_CUDA_ARCHS=all OTKERN_BUILD_HOST_EXECUTOR=1 $(PIP) --no-build-isolation --editable '.[train,bench,test,dev]'
 	@touch $(VENV)/.align $@
 
 # The oldest supported Triton, beside the installed one: kernels are compiled with both, without a GPU.

@@ -1,16 +1,21 @@
 """Builds the native module ``otkern._native`` with ninja; without a compiler the package is pure Python and works.
 
 ``OTKERN_BUILD`` says what to build:
-    auto    (default) the C++ half where a compiler is found, the CUDA half where nvcc is found, too
+    auto    (default) the C++ half where a compiler is found; the CUDA half where nvcc is found and it can be used: for
+            the GPUs that are visible; where none is, for every target if torch is a CUDA build or cannot be asked, as
+            in an isolated build; not beside a CPU build of torch
     python  nothing native
     cpu     the C++ half; fails where there is no compiler
     cuda    the C++ and the CUDA half; fails where there is no nvcc
-No GPU is needed to build the CUDA half. ``OTKERN_BUILD_HOST_EXECUTOR=1`` also builds ``otkern._cuda_host``, which runs
-the CUDA kernels on the CPU for tests.
+``OTKERN_CUDA_ARCHS`` names the targets of the CUDA half, such as ``sm_80,sm_90a``, or ``all``: it is built then,
+whatever is visible. No GPU is needed to build it. ``OTKERN_BUILD_HOST_EXECUTOR=1`` also builds ``otkern._cuda_host``,
+which runs the CUDA kernels on the CPU for tests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import platform
 import re
@@ -66,6 +71,64 @@ def find_compiler() -> list[str] | None:
     return next(([path] for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
 
 
+def visible_capabilities() -> list[str]:
+    """Compute capabilities of the GPUs that the driver shows, such as "9.0"; none where there is no driver."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^\d+\.\d+", done.stdout, re.MULTILINE) if done.returncode == 0 else []
+
+
+def torch_build() -> str | None:
+    """ "cpu" or "cuda": which build of torch is installed; None where there is none to ask. Imports nothing."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    version = Path(spec.submodule_search_locations[0]) / "version.py"
+    found = (
+        re.search(r"^cuda\b[^=]*= *(.+)$", version.read_text(encoding="utf-8"), re.MULTILINE)
+        if version.is_file()
+        else None
+    )
+    return None if found is None else "cpu" if found[1].strip() == "None" else "cuda"
+
+
+def choose_targets(mode: str, named: str | None, visible: list[str], torch: str | None) -> tuple[list[str], str]:
+    """The keys of `CUDA_TARGETS` to build for, none for no CUDA half, and why, as the end of a sentence.
+
+    Args:
+        mode: ``auto`` or ``cuda``.
+        named: ``OTKERN_CUDA_ARCHS``.
+        visible: compute capabilities of the GPUs.
+        torch: see `torch_build`.
+    """
+    everything = list(CUDA_TARGETS)
+    if named:
+        if named.strip() == "all":
+            return everything, "OTKERN_CUDA_ARCHS=all"
+        names = {name: number for number, code in CUDA_TARGETS.items() for name in (number, f"sm_{number}", code)}
+        asked = [name for name in re.split(r"[ ,;]+", named.strip()) if name]
+        if unknown := [name for name in asked if name not in names]:
+            known = ", ".join(CUDA_TARGETS.values())
+            raise SystemExit(f"otkern: OTKERN_CUDA_ARCHS must be all or among {known}, but was {unknown[0]!r}")
+        return sorted({names[name] for name in asked}, key=int), f"OTKERN_CUDA_ARCHS={named}"
+    if visible:
+        majors = {int(capability.split(".")[0]) for capability in visible}
+        # Code for 8.0 runs on all of 8.x; what comes after 10.0 takes the PTX of the newest.
+        served = {"80" if major == 8 else "90" if major == 9 else "100" for major in majors if major >= 8}
+        shown = f"GPUs of compute capability {', '.join(sorted(set(visible)))} are visible"
+        if served or mode == "auto":
+            return sorted(served, key=int), shown
+    if mode == "cuda":
+        return everything, "OTKERN_BUILD=cuda, and no GPU is visible"
+    if torch == "cpu":
+        return [], "no GPU is visible and torch is a CPU build (OTKERN_CUDA_ARCHS=all builds it)"
+    kind = "torch is a CUDA build" if torch == "cuda" else "torch cannot be asked"
+    return everything, f"no GPU is visible and {kind} (OTKERN_BUILD=cpu leaves it out)"
+
+
 def find_nvcc(mode: str) -> str | None:
     """nvcc of $CUDA_HOME, or the first on the PATH; None where the mode asks for no CUDA half."""
     if mode == "cpu":
@@ -85,10 +148,10 @@ def host_compiler(compiler: list[str]) -> list[str]:
     return ["-ccbin", program, *(f"-Xcompiler={flag}" for flag in flags)]
 
 
-def cuda_targets(nvcc: str) -> list[str]:
-    """Flags for the targets that this nvcc knows; PTX of the newest, too."""
+def cuda_targets(nvcc: str, chosen: list[str]) -> list[str]:
+    """Flags for those of the chosen targets that this nvcc knows; PTX of the newest, too."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    wanted = [number for number in CUDA_TARGETS if re.search(rf"^compute_{number}$", known, re.MULTILINE)]
+    wanted = [number for number in chosen if re.search(rf"^compute_{number}$", known, re.MULTILINE)]
     flags = []
     for number in wanted:
         code = CUDA_TARGETS[number]
@@ -151,7 +214,9 @@ def host_objects() -> list[Compilation]:
     return found + [(f"host.{name}.o", "compile", f"csrc/cuda/{name}.cu", flags) for name in CUDA_KERNELS]
 
 
-def write_ninja(folder: Path, compiler: list[str], nvcc: str | None, target: Path, parts: list[Compilation]) -> None:
+def write_ninja(
+    folder: Path, compiler: list[str], nvcc: str | None, chosen: list[str], target: Path, parts: list[Compilation]
+) -> None:
     def escape(path: object) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -172,7 +237,8 @@ def write_ninja(folder: Path, compiler: list[str], nvcc: str | None, target: Pat
         host = [nvcc, *host_compiler(compiler)]
         lines += [
             "rule compile_cuda",
-            f"  command = {shlex.join([*host, *NVCC_FLAGS, *cuda_targets(nvcc)])} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {shlex.join([*host, *NVCC_FLAGS, *cuda_targets(nvcc, chosen)])}"
+            " -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
@@ -217,19 +283,33 @@ class BuildNative(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
 
+        chosen, why = [], ""
+        if nvcc is not None:
+            named = os.environ.get("OTKERN_CUDA_ARCHS")
+            chosen, why = choose_targets(build_mode(), named, visible_capabilities(), torch_build())
+
         def run(nvcc: str | None) -> None:
-            write_ninja(folder, compiler, nvcc, target, host_objects() if host else native_objects(nvcc))
-            subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+            parts = host_objects() if host else native_objects(nvcc)
+            write_ninja(folder, compiler, nvcc, chosen, target, parts)
+            # pip hides what a build prints; on a terminal ninja's count of steps shows that it goes on.
+            with contextlib.ExitStack() as stack:
+                terminal = None
+                with contextlib.suppress(OSError):
+                    terminal = stack.enter_context(open("/dev/tty", "wb"))
+                subprocess.run([find_ninja(), "-C", str(folder)], check=True, stdout=terminal)
 
         if host:
             run(None)
             say(f"built the CUDA kernels for the host executor with {compiler[0]}, because it was asked for")
             return
         reason = "only the C++ half was asked for" if build_mode() == "cpu" else "no nvcc was found"
-        if nvcc is not None:
+        if nvcc is not None and not chosen:
+            reason = why
+        elif nvcc is not None:
             try:
                 run(nvcc)
-                say(f"built the C++ half with {compiler[0]} and the CUDA half with {nvcc}")
+                codes = ", ".join(CUDA_TARGETS[number] for number in chosen)
+                say(f"built the C++ half with {compiler[0]} and the CUDA half for {codes} with {nvcc}, because {why}")
                 return
             except (OSError, subprocess.CalledProcessError) as error:
                 if build_mode() == "cuda":

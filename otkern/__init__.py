@@ -1,5 +1,6 @@
 """Fused log-domain Sinkhorn, forward and backward, for batches of problems of different lengths."""
 
+from otkern.convergence import ConvergenceWarning
 from otkern.divergence import sinkhorn_divergence
 from otkern.explain import Explanation, explain
 from otkern.losses import SinkhornLoss
@@ -10,6 +11,7 @@ from otkern.solve import solve, solve_batch, solve_sample, solve_sample_batch
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvergenceWarning",
     "Explanation",
     "OTResult",
     "PlanOperator",

@@ -178,6 +178,8 @@ def read_potential(name: str, potential, shape: tuple[int, ...], inputs: Inputs,
 
 
 def _require_floating(name: str, tensor) -> None:
+    if type(tensor).__module__ == "numpy":
+        raise ValueError(f"{name} must be a torch.Tensor, but was a numpy.ndarray: torch.from_numpy makes one of it")
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, but was {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -226,6 +228,10 @@ def _read_reg(reg, batch: int, dtype, device) -> Tensor:
             raise ValueError(f"reg must have a floating-point dtype, but has {reg.dtype}")
         _require_reachable("reg", reg, device)
         return reg.to(device=device, dtype=dtype, non_blocking=True).expand(batch)
+    if reg is None or (isinstance(reg, (int, float)) and reg == 0):
+        raise ValueError(
+            f"reg must be a positive number, but was {type(reg).__name__ if reg is None else reg}: exact transport is not done here"
+        )
     if isinstance(reg, bool) or not isinstance(reg, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise ValueError(f"reg must be a number or a tensor of shape ({batch},), but was {type(reg).__name__}")
     if not torch.finfo(dtype).tiny <= reg < math.inf:

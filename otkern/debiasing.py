@@ -21,7 +21,7 @@ from otkern.problem import Inputs, check_points, check_values, cost_scale, item_
 from otkern.result import OTResult
 
 if TYPE_CHECKING:
-    from otkern.solve import Call
+    from otkern.calls import Call
 
 Outputs = tuple[Tensor, ...]
 

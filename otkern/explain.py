@@ -9,8 +9,9 @@ from torch import Tensor
 
 from otkern import backends
 from otkern.arguments import read_costs, read_points
+from otkern.calls import Call, read_call
 from otkern.debiasing import check_kind
-from otkern.solve import Call, read_call, solve, solve_sample
+from otkern.solve import solve, solve_sample
 
 
 class Explanation(NamedTuple):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from otkern import backends, dispatch, gradients, precision, second_order
+from otkern.convergence import ConvergenceWarning
 from otkern.gradients import Gradients
 from otkern.problem import Inputs, PlanWeights, Schedule, check_values, check_warm_start, item_sums, padded
 
@@ -548,7 +549,7 @@ def _warn_of_residual(residual: Tensor, n_iters: Tensor, how: Differentiation) -
         warnings.warn(
             f"otkern: the implicit gradient of item {worst} has a relative residual of {float(residual[worst]):.3g} "
             f"after {int(n_iters[worst])} iterations; raise implicit_max_iter, implicit_tol or reg",
-            RuntimeWarning,
+            ConvergenceWarning,
             stacklevel=2,
         )
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from otkern import alignment, ops, second_order
+from otkern.convergence import warn_once_per_call_site
 from otkern.precision import Solved
 from otkern.problem import Inputs, masses, row_mask
 
@@ -185,6 +183,28 @@ class OTResult:
         value = self._value.detach()
         return self._squeeze(torch.where(value.isposinf(), value, linear))
 
+    @property
+    def sparse_plan(self) -> Tensor:
+        """The dense plan, under POT's name: an entropic plan has no zeros to leave out."""
+        return self.plan
+
+    @property
+    def lazy_plan(self) -> PlanOperator:
+        """`plan_operator`, under POT's name."""
+        return self.plan_operator
+
+    @property
+    def status(self) -> str:
+        """POT's name for how the solve ended: "converged", or how many problems did not."""
+        converged = self._converged()
+        missing = int((~converged).sum())
+        return "converged" if missing == 0 else f"{missing} of {len(converged)} problems not converged"
+
+    @property
+    def log(self) -> dict[str, Tensor]:
+        """POT's name for the record of the solve: ``n_iters``, ``marginal_error`` and ``converged``."""
+        return {"n_iters": self.n_iters, "marginal_error": self.marginal_error, "converged": self.converged}
+
     def barycentric_map(self, target: Tensor | None = None) -> Tensor:
         """Where each point of side a is sent: the mean of the targets under its row of the plan.
 
@@ -297,7 +317,7 @@ class OTResult:
         error = torch.where(converged, -1, self._marginal_error)
         worst = int(error.argmax())
         item = f"{int((~converged).sum())} of {len(converged)} problems, item {worst} worst" if self._batched else "it"
-        _warn_once_per_call_site(
+        warn_once_per_call_site(
             f"otkern: not converged to tol={self._tol:g} ({item}): marginal error "
             f"{float(self._marginal_error[worst]):.3g} after {int(self._n_iters[worst])} iterations; "
             "raise max_iter, tol or reg"
@@ -312,22 +332,6 @@ def _without_graph(value: Any) -> Any:
         parts = [_without_graph(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
-
-
-# A module's call reaches this package through torch; the line a user wants to see is the one behind both.
-_INTERNAL = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (__file__, torch.__file__))
-_warned_at: set[tuple[str, int]] = set()
-
-
-def _warn_once_per_call_site(message: str) -> None:
-    """Warn at the first line outside this package and torch, once; `warnings` would see each number as new."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INTERNAL):
-        frame, level = frame.f_back, level + 1
-    site = (frame.f_code.co_filename, frame.f_lineno)
-    if site not in _warned_at:
-        _warned_at.add(site)
-        warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 class PlanOperator:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from otkern import kernel_losses
 from otkern.annealing import Settings, annealed_potentials, read_settings
 from otkern.arguments import read_points, read_relaxation
+from otkern.calls import refuse_forward_mode
 from otkern.problem import Inputs, check_points, check_values, item_sums, masses, weights_of
-from otkern.solve import Integers, refuse_forward_mode, solve_sample
+from otkern.solve import Integers, solve_sample
 
 
 class SamplesLoss(nn.Module):

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from torch.overrides import TorchFunctionMode
 
-from otkern import backends, result
+from otkern import backends, convergence
 
 # Every uninitialised tensor is then filled with NaN: reading one shows. On a GPU cuBLAS asks for the variable.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -36,10 +36,10 @@ _cases = Counter()
 @pytest.fixture(autouse=True)
 def _forget_warnings():
     """Not converging warns once per call site, and a parametrised test is one call site."""
-    result._warned_at.clear()
+    convergence.WARNED_AT.clear()
 
 
-_PACKAGE = os.path.dirname(os.path.abspath(result.__file__)) + os.sep
+_PACKAGE = os.path.dirname(os.path.abspath(convergence.__file__)) + os.sep
 _FACTORIES = {
     getattr(torch, name)
     for name in (

@@ -201,7 +201,7 @@ WRONG_VALUES = [
     (points, "tol", INF, "finite", "inf"),
     (points, "metric", "manhattan", "sqeuclidean", "manhattan"),
     (points, "metric", "cost", "sqeuclidean", "cost"),
-    (points, "reg_type", "kl", "KL", "kl"),
+    (points, "reg_type", "l2", "KL", "l2"),
     (points, "grad", "autodiff", "envelope", "autodiff"),
     (points, "update", "gauss-seidel", "alternating", "gauss-seidel"),
     (points, "backend", "numpy", "reference", "numpy"),

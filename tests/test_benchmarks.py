@@ -276,7 +276,7 @@ def test_a_tolerance_that_is_not_reached_fails():
     clouds = problems.make_clouds(shape)
     method = Otkern(shape, clouds)
     reason = "does not reach a marginal error of 1e-06"
-    with pytest.warns(RuntimeWarning, match="not converged"), pytest.raises(Failed, match=reason):
+    with pytest.warns(UserWarning, match="not converged"), pytest.raises(Failed, match=reason):
         Verifier(shape, clouds, [0, 1]).check(method, method.both())
 
 

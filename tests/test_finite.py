@@ -140,7 +140,7 @@ def solve(call: dict, backend: str, device: str):
     leaves = {name: t.to(device).requires_grad_() for name, t in leaves.items()}
     function = otkern.solve if call["metric"] == "cost" else otkern.solve_sample
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a few iterations need not converge
+        warnings.simplefilter("ignore", UserWarning)  # a few iterations need not converge
         return function(**leaves, **options), leaves
 
 

@@ -109,7 +109,7 @@ def test_a_batch_mate_that_needs_long_does_not_change_when_an_item_stops(backend
     problems = make_batch([(9, 7), (16, 17), (15, 5)], reg=1.0)
     problems[1] = problems[1]._replace(reg=0.03 * problems[1].reg)
     options = {"max_iter": 60, "tol": 1e-4, "backend": backend}
-    with pytest.warns(RuntimeWarning, match="not converged"):
+    with pytest.warns(UserWarning, match="not converged"):
         items = batched(problems, layout, torch.float32, device, **options)
         for problem, item in zip(problems, items, strict=True):
             assert_same_bits(item, alone(problem, torch.float32, device, **options))

@@ -322,3 +322,47 @@ def test_unknown_modes_fail_loudly(tmp_path):
     done = build("rocm", tmp_path)
     assert done.returncode != 0
     assert "OTKERN_BUILD must be one of" in done.stderr
+
+
+CHOICES = [
+    # mode, OTKERN_CUDA_ARCHS, visible GPUs, torch: targets, and what the sentence says
+    ("auto", None, [], "cpu", [], "torch is a CPU build"),
+    ("auto", None, [], "cuda", ["80", "90", "100"], "torch is a CUDA build (OTKERN_BUILD=cpu leaves it out)"),
+    ("auto", None, [], None, ["80", "90", "100"], "torch cannot be asked (OTKERN_BUILD=cpu leaves it out)"),
+    ("auto", None, ["8.9"], "cpu", ["80"], "compute capability 8.9"),
+    ("auto", None, ["9.0", "8.6", "9.0"], "cuda", ["80", "90"], "8.6, 9.0"),
+    ("auto", None, ["12.0"], "cuda", ["100"], "12.0"),
+    ("auto", None, ["7.5"], "cuda", [], "7.5"),
+    ("cuda", None, [], "cpu", ["80", "90", "100"], "OTKERN_BUILD=cuda"),
+    ("cuda", None, ["9.0"], "cuda", ["90"], "9.0"),
+    ("auto", "all", [], "cpu", ["80", "90", "100"], "OTKERN_CUDA_ARCHS=all"),
+    ("auto", "sm_90a, 80", ["10.0"], "cuda", ["80", "90"], "OTKERN_CUDA_ARCHS"),
+]
+
+
+@pytest.fixture(scope="module")
+def setup_module_functions():
+    """The functions of setup.py, which ends by building."""
+    source = (ROOT / "setup.py").read_text(encoding="utf-8").rsplit("\nsetup(", 1)[0]
+    names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup_functions"}
+    exec(compile(source, "setup.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(("mode", "named", "visible", "build", "targets", "sentence"), CHOICES)
+def test_the_cuda_half_is_built_where_it_can_be_used(
+    setup_module_functions, mode, named, visible, build, targets, sentence
+):
+    chosen, why = setup_module_functions["choose_targets"](mode, named, visible, build)
+    assert chosen == targets and sentence in why
+
+
+def test_an_unknown_target_is_named(setup_module_functions):
+    with pytest.raises(
+        SystemExit, match="OTKERN_CUDA_ARCHS must be all or among sm_80, sm_90a, sm_100, but was 'sm_70'"
+    ):
+        setup_module_functions["choose_targets"]("auto", "sm_70", [], None)
+
+
+def test_torch_is_asked_without_being_imported(setup_module_functions):
+    assert setup_module_functions["torch_build"]() == ("cpu" if torch.version.cuda is None else "cuda")

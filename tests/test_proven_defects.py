@@ -323,7 +323,7 @@ def test_defect_8_a_marginal_error_does_not_pass_without_a_word(backend, device,
     problem = positive(make_problem(17, 9, reg=0.02))
 
     def check(solve):
-        with pytest.warns(RuntimeWarning, match="converge"):
+        with pytest.warns(UserWarning, match="converge"):
             solve()
 
     def ours():

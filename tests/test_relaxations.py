@@ -584,7 +584,7 @@ def test_every_item_stops_by_itself_with_its_own_flag(backend, device, kind):
     x, y, a, b = (torch.stack([p[k] for p in problems]).to(device) for k in range(4))
     reg = torch.tensor([1.0, 0.02, 0.3], dtype=torch.float64, device=device)
     options = batch_options(device)[kind] | {"max_iter": 25, "tol": 1e-8, "backend": backend}
-    with pytest.warns(RuntimeWarning, match="not converged"):
+    with pytest.warns(UserWarning, match="not converged"):
         result = otkern.solve_sample(x, y, a, b, reg=reg, **options)
         errors, converged = result.marginal_error, result.converged
     assert (converged == (errors <= 1e-8)).all()

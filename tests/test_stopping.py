@@ -67,7 +67,7 @@ def test_every_item_stops_by_itself(backend, device):
     problems[1] = problems[1]._replace(reg=0.05 * problems[1].reg)
     x, y, a, b = (torch.stack([p[i] for p in problems]).to(device) for i in range(4))
     reg = torch.tensor([p.reg for p in problems], dtype=torch.float64, device=device)
-    with pytest.warns(RuntimeWarning, match="not converged"):
+    with pytest.warns(UserWarning, match="not converged"):
         result = otkern.solve_sample(x, y, a, b, reg=reg, max_iter=60, tol=1e-9, backend=backend)
         assert result.converged.tolist() == [True, False, True]
     easy, hard = result.n_iters[[0, 2]], result.n_iters[1]
@@ -162,7 +162,7 @@ def test_the_warning_names_the_item_its_error_and_what_to_change(backend, device
     problems = make_batch([(9, 7), (9, 7)], reg=1.0)
     x, y = (torch.stack([p[i] for p in problems]).to(device) for i in range(2))
     reg = torch.tensor([100.0, 0.001], dtype=torch.float64, device=device)
-    with pytest.warns(RuntimeWarning) as caught:
+    with pytest.warns(otkern.ConvergenceWarning) as caught:
         error = otkern.solve_sample(x, y, reg=reg, max_iter=3, tol=1e-8, backend=backend).marginal_error[1]
     (warning,) = caught
     text = str(warning.message)
@@ -177,11 +177,11 @@ def test_the_warning_comes_once_per_call_site(backend, device):
         for reg in (0.02, 0.03, 0.04):  # three different marginal errors
             result = solve(make_problem(9, 7, reg=reg), backend, device, max_iter=2, tol=1e-9)
             _ = result.converged, result.marginal_error
-        first = len([w for w in caught if issubclass(w.category, RuntimeWarning)])
+        first = len([w for w in caught if issubclass(w.category, UserWarning)])
         x = make_problem(9, 7).x.to(device)
         _ = otkern.solve_sample(x, x[:5], reg=0.01, max_iter=1, tol=1e-9, backend=backend).converged
     assert first == 1
-    assert len([w for w in caught if issubclass(w.category, RuntimeWarning)]) == 2
+    assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 2
 
 
 @pytest.mark.parametrize("options", [{"max_iter": 2}, {"max_iter": 400, "tol": 1e-9}])
@@ -195,7 +195,7 @@ def test_nothing_is_said_without_a_tolerance_or_when_it_is_met(backend, device, 
 def test_an_infeasible_item_is_never_converged(backend, device):
     cost = torch.zeros(2, 3, 3, device=device)
     cost[1, 0] = float("inf")
-    with pytest.warns(RuntimeWarning, match="item 1"):
+    with pytest.warns(UserWarning, match="item 1"):
         result = otkern.solve(cost, reg=1.0, tol=10.0, max_iter=5, backend=backend)
         assert result.converged.tolist() == [True, False]
     assert otkern.solve(cost, reg=1.0, max_iter=5, backend=backend).converged.tolist() == [True, False]
