@@ -229,9 +229,8 @@ def _read_reg(reg, batch: int, dtype, device) -> Tensor:
         _require_reachable("reg", reg, device)
         return reg.to(device=device, dtype=dtype, non_blocking=True).expand(batch)
     if reg is None or (isinstance(reg, (int, float)) and reg == 0):
-        raise ValueError(
-            f"reg must be a positive number, but was {type(reg).__name__ if reg is None else reg}: exact transport is not done here"
-        )
+        got = "NoneType" if reg is None else reg
+        raise ValueError(f"reg must be a positive number, but was {got}: exact transport is not done here")
     if isinstance(reg, bool) or not isinstance(reg, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)):
         raise ValueError(f"reg must be a number or a tensor of shape ({batch},), but was {type(reg).__name__}")
     if not torch.finfo(dtype).tiny <= reg < math.inf:
