@@ -88,8 +88,12 @@ def read_training_text(config: dict, sets: measure.TestSets, tokenizer) -> list[
     for language in config["languages"]:
         pairs = training_pairs(config, language, forbidden, config["train"]["limit"] or None)
         english, other = ([split_words(pair[side]) for pair in pairs] for side in (0, 1))
-        tokenized = (encoder.tokenize(tokenizer, side, max_length) for side in (other, english))
-        corpora.append(Corpus(language, *tokenized))
+        tokenized = [encoder.tokenize(tokenizer, side, max_length) for side in (other, english)]
+        # A side without any subword has no points: no mass could be moved, and the loss would be infinite.
+        rows = [row for row, sides in enumerate(zip(*tokenized, strict=True)) if all(side.kept for side in sides)]
+        if not rows:
+            raise ValueError(f"train.source gives pairs for {language!r}, but in none of them both sides have subwords")
+        corpora.append(Corpus(language, *([side[row] for row in rows] for side in tokenized)))
     return corpora
 
 
@@ -122,21 +126,28 @@ def find_checkpoint(folder: Path, resume: str) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
-def claim_output(output: Path, config: dict, resume: str) -> None:
-    """Make the output folder; refuse one that holds checkpoints, a model or a report of another configuration."""
+def check_output(output: Path, config: dict, resume: str) -> None:
+    """Refuse an output folder that holds checkpoints, a model or a report of another configuration."""
     record = output / "config.yaml"
     # Nothing else there took long to make: a run stopped before its first checkpoint leaves only its configuration.
     results = [*output.glob("checkpoints/checkpoint-*"), output / "model", output / "report.json"]
     results = [path for path in results if path.exists()]
-    if resume == "never":
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    elif results and not (record.exists() and yaml.safe_load(record.read_text(encoding="utf-8")) == config):
+    find_checkpoint(output / "checkpoints", resume)  # says so where `resume` names no folder
+    if resume != "never" and results and not (record.exists() and cli.read_yaml_file(record) == config):
         raise ValueError(
             f"--output_dir must hold no results but those of a run with this configuration, but {results[0]} exists "
             f"and {record} {'differs' if record.exists() else 'is missing'}; "
             "choose another folder, or pass --resume never to start over in it"
         )
+
+
+def claim_output(output: Path, config: dict, resume: str) -> None:
+    """Make the output folder with a record of the configuration; see `check_output`."""
+    check_output(output, config, resume)
+    if resume == "never":
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
+    record = output / "config.yaml"
     record.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -198,7 +209,7 @@ def run(config: dict, output: Path, resume: str = "auto") -> dict:
         start = time.monotonic()
         print(f"{name}: {times[name]} s", file=sys.stderr, flush=True)
 
-    claim_output(output, config, resume)
+    check_output(output, config, resume)
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     transformers.set_seed(config["seed"])
@@ -207,8 +218,12 @@ def run(config: dict, output: Path, resume: str = "auto") -> dict:
         if hasattr(model.config, name):
             setattr(model.config, name, config["dropout"])
     _set_dropout(model, config["dropout"])
+    stages = number_layers(config["stages"], model)
+    measure.check_layers(model, config)
     sets = measure.read_test_sets(config)
     corpora = read_training_text(config, sets, tokenizer)
+    # Only now: what is wrong with the configuration or its files has been said by then.
+    claim_output(output, config, resume)
     lap("reading")
     methods = config["evaluation"]["methods"]
     before = measure.measure(model, tokenizer, sets, config, methods)
@@ -217,7 +232,6 @@ def run(config: dict, output: Path, resume: str = "auto") -> dict:
     maps_before = plots.heat_maps(model, tokenizer, samples, layers_before["alignment"], config)
     lap("measuring before")
 
-    stages = number_layers(config["stages"], model)
     steps = Steps(corpora, stages, config["batch_pairs"], config["seed"], tokenizer.pad_token_id)
     trainer = build_trainer(config, output, model, steps, stages)
     trainer.train(resume_from_checkpoint=find_checkpoint(output / "checkpoints", resume))

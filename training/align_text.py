@@ -16,6 +16,7 @@ import argparse
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class Aligner:
     def __init__(self, model, tokenizer, method: str, layer: int, settings: dict, symmetrized: str | None = None):
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.layer, self.settings, self.symmetrized = layer, settings, symmetrized
+        self.n_words = self.n_lost = 0
         self._sums, self._counts = [0.0, 0.0], [0, 0]
 
     def align(self, pairs: Sequence[Pair]) -> list[dict[tuple[int, int], float]]:
@@ -85,6 +87,8 @@ class Aligner:
             words = [pair[side] for pair in pairs]
             found, by_layer = extract.encode_words(self.model, self.tokenizer, words, [self.layer], self.settings)
             units.append(found)
+            self.n_words += sum(map(len, words))
+            self.n_lost += sum(len(sentence) - len(set(kept)) for sentence, kept in zip(words, found, strict=True))
             vectors.append(self._centered(side, by_layer[self.layer]))
         return extract.extract(
             tuple(vectors), self.method, self.settings, units=tuple(units), symmetrization=self.symmetrized
@@ -177,11 +181,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     aligner = Aligner(model, tokenizer, arguments.method, layer, settings, arguments.symmetrization)
     options = {"raw": arguments.raw, "scores": arguments.scores, "batch": arguments.batch}
-    with tqdm(unit=" lines", file=sys.stderr, disable=not sys.stderr.isatty()) as progress:
+    # Said once, at the end, instead of for every batch.
+    with (
+        warnings.catch_warnings(),
+        tqdm(unit=" lines", file=sys.stderr, disable=not sys.stderr.isatty()) as progress,
+    ):
+        warnings.filterwarnings("ignore", message=r"\d+ words of .* have no vector")
         for output in align_lines(aligner, read_input(arguments.file), **options):
             sys.stdout.write("".join(f"{line}\n" for line in output))
             sys.stdout.flush()
             progress.update(len(output))
+    if aligner.n_lost:
+        print(
+            f"warning: {aligner.n_lost} of {aligner.n_words} words have no vector and are not linked: they lie behind "
+            f"the first {extract.MAX_LENGTH} subwords of their sentence, or the tokenizer has no subword for them",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Model1:
         offsets = np.cumsum([0, *(len(target) for target in targets)])
         self.slot = offsets[self.columns["sentence"]] + self.columns["j"]
         self.n_slots = int(offsets[-1])
-        self.t = np.full(len(pairs), 1.0 / len(target_ids))
+        self.t = np.full(len(pairs), 1.0 / max(len(target_ids), 1))  # no target words: no links
 
     def posterior(self) -> np.ndarray:
         """Probability of each candidate link, over the links of its target word."""
@@ -71,6 +71,8 @@ class Model1:
 
     def links(self, n_sentences: int) -> list[set[tuple[int, int]]]:
         """The best source word (or none) of every target word: per sentence a set of (source, target)."""
+        if not self.n_slots:
+            return [set() for _ in range(n_sentences)]
         posterior = self.posterior()
         order = np.lexsort((posterior, self.slot))
         last = np.append(self.slot[order][1:] != self.slot[order][:-1], True)
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="use only the first training pairs")
     arguments = parser.parse_args(argv)
     gold = read_gold(arguments.gold)
+    if not gold:
+        raise ValueError(f"--gold must have at least one pair, but {arguments.gold} has none")
     pairs = [pair for pair in read_pairs(arguments.train, arguments.language) if not is_held_out(pair[0])]
     texts = [[split_words(text.lower()) for text in pair] for pair in pairs[: arguments.limit]]
     texts = [pair for pair in texts if all(0 < len(side) <= 60 for side in pair)]

@@ -2,10 +2,13 @@
 
 import copy
 import math
+import re
 
+from training import extract
 from training.cli import read_yaml, read_yaml_file
 from training.data import resolve_path
 from training.encoder import UNITS, WORD_VECTORS
+from training.evaluate import complete_retrieval
 from training.loss import RELAXATIONS
 
 # One stage of the curriculum. Lists of stages in a file are completed with these values.
@@ -151,16 +154,24 @@ def load_config(path: str | None, overrides: list[str] = ()) -> dict:
         ValueError: an unknown key, a value that is not among the choices, or a missing one.
     """
     given = read_yaml_file(resolve_path(path)) if path else {}
-    config = merge(DEFAULTS, given or {}, "")
-    if not isinstance(config["stages"], list):
-        raise ValueError(f"stages must be a list, but was {config['stages']!r}")
-    config["stages"] = [merge(STAGE, stage, f"stages.{s}.") for s, stage in enumerate(config["stages"])]
+    config = _complete(given or {})
     for item in overrides:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"an override must be key=value, but was {item!r}")
         _assign(config, name.lstrip("-").split("."), read_yaml(value, name), name)
+        # An override may have put something else in the place of a mapping or of the list of stages.
+        config = _complete(config)
     check(config)
+    return config
+
+
+def _complete(given: dict) -> dict:
+    """Return `given` with the defaults of the configuration and of each stage."""
+    config = merge(DEFAULTS, given, "")
+    if not isinstance(config["stages"], list):
+        raise ValueError(f"stages must be a list, but was {config['stages']!r}")
+    config["stages"] = [merge(STAGE, stage, f"stages.{s}.") for s, stage in enumerate(config["stages"])]
     return config
 
 
@@ -210,10 +221,8 @@ def check(config: dict) -> None:
         for key in ("debias", "center"):
             if not isinstance(stage[key], bool):
                 raise ValueError(f"stages.{s}.{key} must be true or false, but was {stage[key]!r}")
-    for key in ("alignment_layer", "retrieval_layer"):
-        layer = config["evaluation"][key]
-        if layer != "auto" and (not isinstance(layer, int) or isinstance(layer, bool)):
-            raise ValueError(f"evaluation.{key} must be auto or a whole number, but was {layer!r}")
+    _check_evaluation(config["evaluation"])
+    _check_text(config)
     for key in ("model", "stages", "languages"):
         if not config[key]:
             raise ValueError(f"{key} must be given, but was {config[key]!r}")
@@ -230,13 +239,87 @@ def check(config: dict) -> None:
             )
 
 
+def _check_text(config: dict) -> None:
+    """Raise ValueError for names, or lists of names, that are none; those of the stages included."""
+    train, texts = config["train"], {"model": config["model"]}
+    texts |= {f"train.{key}": train[key] for key in ("source", "name", "split")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{key} must be text, but was {value!r}")
+    lists = {"languages": config["languages"], "train.columns": train["columns"]}
+    lists |= {f"stages.{s}.trainable": stage["trainable"] for s, stage in enumerate(config["stages"])}
+    for key, value in lists.items():
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ValueError(f"{key} must be a list of texts, but was {value!r}")
+    if train["columns"] is not None and len(train["columns"]) != 2:
+        raise ValueError(f"train.columns must be null or two names, but was {train['columns']!r}")
+    for s, stage in enumerate(config["stages"]):
+        for pattern in stage["trainable"] or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"stages.{s}.trainable: {pattern!r} is no regular expression ({error})") from None
+    for key, choices in (("device", ("auto", "cpu")), ("precision", ("auto", "fp32", "bf16"))):
+        if config[key] not in choices:
+            raise ValueError(f"{key} must be one of {choices}, but was {config[key]!r}")
+
+
+def _check_evaluation(evaluation: dict) -> None:
+    """Raise ValueError for layers, methods, settings or files of the evaluation that no run could use."""
+    for key in ("alignment_layer", "retrieval_layer"):
+        layer = evaluation[key] = _as_whole(evaluation[key])
+        if layer != "auto" and (not isinstance(layer, int) or isinstance(layer, bool)):
+            raise ValueError(f"evaluation.{key} must be auto or a whole number, but was {layer!r}")
+    methods = evaluation["methods"]
+    if not isinstance(methods, list) or not methods or any(method not in extract.METHODS for method in methods):
+        raise ValueError(f"evaluation.methods must be a list of some of {extract.METHODS}, but was {methods!r}")
+    for key in OPEN:
+        if not isinstance(evaluation[key], dict):
+            raise ValueError(f"evaluation.{key} must be a mapping, but was {evaluation[key]!r}")
+    for key, complete in (("alignment_settings", extract.complete), ("retrieval_settings", complete_retrieval)):
+        try:
+            complete(evaluation[key])
+        except ValueError as error:
+            raise ValueError(f"evaluation.{key}: {error}") from None
+    for key in ("alignment", "dev_alignment"):
+        for name, files in evaluation[key].items():
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise ValueError(f"evaluation.{key}.{name} must map languages to files, but was {files!r}")
+    for name, source in evaluation["retrieval"].items():
+        _check_retrieval(f"evaluation.retrieval.{name}", source)
+
+
+def _check_retrieval(key: str, source) -> None:
+    """Raise ValueError for a source of retrieval pairs that `measure.read_test_sets` cannot read."""
+    entry = {"source": source} if isinstance(source, str) else source
+    if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
+        raise ValueError(f"{key} must be a source or a mapping with one, but was {source!r}")
+    known = ("source", "held_out", "limit", "languages")
+    if unknown := set(entry) - set(known):
+        raise ValueError(f"{key} may have the keys {known}, but had {sorted(map(str, unknown))}")
+    if entry.get("limit") is not None:
+        _check_numbers(f"{key}.", entry, {"limit": _SOME})
+
+
+def _as_whole(value):
+    """A number as a whole one where it is one (1e2 is 100); anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _check_numbers(prefix: str, place: dict, numbers: dict) -> None:
-    """Raise ValueError for a number, or one of a list of numbers, that is none or out of its range."""
+    """Raise ValueError for a number, or one of a list of numbers, that is none or out of its range.
+
+    Whole numbers in another spelling, such as 1e2, become whole numbers.
+    """
     for key, (whole, least, below, optional) in numbers.items():
         *parents, last = key.split(".")
-        value = place
-        for name in (*parents, last):
-            value = value[name]
+        holder = place
+        for name in parents:
+            holder = holder[name]
+        if whole:
+            value = holder[last]
+            holder[last] = [_as_whole(number) for number in value] if isinstance(value, list) else _as_whole(value)
+        value = holder[last]
         if value is None and optional:
             continue
         values = [value]

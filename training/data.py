@@ -1,6 +1,7 @@
 """Readers for parallel text and gold word alignments, and the one word splitter that every part of training uses."""
 
 import gzip
+import json
 import os
 import re
 import zlib
@@ -14,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT_SUFFIXES = (".tsv", ".txt", ".tab")
 DATASET_SUFFIXES = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet"}
 # A letter or digit, with what belongs to it and is no word of its own: combining marks (Hindi, vocalised Arabic, any
-# text in NFD), joiners (Persian, Bengali) and soft hyphens. Anything else that shows is a word by itself.
+# text in NFD), joiners (Persian, Bengali) and soft hyphens. Marks of direction and word joiners do not end a word, but
+# belong to none at its edges. Anything else that shows is a word by itself.
 LETTER = r"[\u200c\u200d\u00ad]*[\p{L}\p{N}\p{M}_][\p{M}\u200c\u200d\u00ad]*"
-WORD = regex.compile(rf"(?:{LETTER})+(?:[’'\-.,:׳״](?:{LETTER})+)*|(?![\s\p{{Cf}}\p{{Cc}}])\X")
+STEM = rf"{LETTER}(?:[\u200e\u200f\u061c\u2060\ufeff]*{LETTER})*"
+WORD = regex.compile(rf"{STEM}(?:[’'\-.,:׳״]{STEM})*|(?![\s\p{{Cf}}\p{{Cc}}])\X")
 LINK = re.compile(r"(\d+)([-?])(\d+)")
 
 
@@ -31,6 +34,10 @@ class GoldPair:
     other: list[str]
     sure: frozenset[tuple[int, int]]
     possible: frozenset[tuple[int, int]]
+
+
+class ColumnError(ValueError):
+    """A data set has not the columns that were asked for."""
 
 
 def split_words(text: str) -> list[str]:
@@ -113,7 +120,7 @@ def read_gold(source: str) -> list[GoldPair]:
     """
     path, pairs = resolve_path(source), []
     for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
+        if not line.strip(" \t"):
             continue
         columns = line.split("\t")
         if len(columns) != 3:
@@ -209,13 +216,39 @@ def _column_names(language: str | None, columns: tuple[str, str] | None) -> tupl
     return english.replace("{lang}", language or ""), other.replace("{lang}", language or "")
 
 
+def _check_json_lines(path: str) -> None:
+    """Raise ValueError that names the first line that is no JSON or not UTF-8; a file of one JSON list passes."""
+    for number, line in enumerate(read_lines(path), 1):
+        if number == 1 and line.lstrip()[:1] == "[":
+            return
+        try:
+            json.loads(line or "{}")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
+
+
 def _read_dataset(
     loader: str, language: str | None, columns: tuple[str, str] | None, split: str, **arguments
-) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of anything the `datasets` library loads."""
+) -> list[tuple[str, str]]:
+    """Return the pairs of anything the `datasets` library loads."""
     import datasets
 
-    table = datasets.load_dataset(loader, split=split, **arguments)
+    path = arguments.get("data_files")
+    try:
+        table = datasets.load_dataset(loader, split=split, **arguments)
+        rows = list(_rows_of(table, language, columns))
+    except ColumnError:
+        raise
+    # Bytes that are not UTF-8 may show only when a column is read.
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        if loader == "json":
+            _check_json_lines(path)
+        raise ValueError(f"{path or loader} cannot be read: {error.__cause__ or error}") from None
+    return rows
+
+
+def _rows_of(table, language: str | None, columns: tuple[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of a table's two columns, or of its column `translation`."""
     names, wanted = table.column_names, _column_names(language, columns)
     if set(wanted) <= set(names):
         return zip(table[wanted[0]], table[wanted[1]], strict=True)
@@ -225,9 +258,9 @@ def _read_dataset(
         languages = list(dict.fromkeys(code for row in rows for code in row))
         if rows and not set(wanted) <= set(languages):
             hint = "" if language else "; --language names the second column"
-            raise ValueError(f"columns must be among {languages} of `translation`, but were {list(wanted)}{hint}")
+            raise ColumnError(f"columns must be among {languages} of `translation`, but were {list(wanted)}{hint}")
         return ((row.get(wanted[0]), row.get(wanted[1])) for row in rows)
     text = [column for column in names if getattr(table.features[column], "dtype", None) in ("string", "large_string")]
     if columns is None and len(text) >= 2:
         return zip(table[text[0]], table[text[1]], strict=True)
-    raise ValueError(f"columns must be two of {names}, but were {list(wanted)}")
+    raise ColumnError(f"columns must be two of {names}, but were {list(wanted)}")

@@ -76,14 +76,19 @@ def load_encoder(name: str) -> tuple[nn.Module, object]:
         (model in evaluation mode, tokenizer).
 
     Raises:
-        ValueError: the tokenizer is a slow one, which cannot tell which subword belongs to which word.
+        ValueError: there is no such model, its files are damaged, or the tokenizer is a slow one, which cannot tell
+            which subword belongs to which word.
     """
+    import safetensors
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     path = find_model(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, use_fast=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model {name!r} has no tokenizer that can be loaded: {error}") from None
     if not tokenizer.is_fast:
         raise ValueError(
             f"model must come with a fast tokenizer (word indices of subwords), but {name!r} has a slow one"
@@ -91,9 +96,12 @@ def load_encoder(name: str) -> tuple[nn.Module, object]:
     # For sentences this short, plain matrix products beat the fused attention of the CPU, above all in the backward.
     options = {"dtype": torch.float32, "attn_implementation": None if torch.cuda.is_available() else "eager"}
     try:
-        model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
-    except TypeError:
-        model = transformers.AutoModel.from_pretrained(path, **options)
+        try:
+            model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, **options)
+        except TypeError:
+            model = transformers.AutoModel.from_pretrained(path, **options)
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
     return model.eval(), tokenizer
 
 

@@ -37,9 +37,23 @@ def alignment_settings(model, overrides: dict | None = None) -> dict:
 
 def retrieval_settings(model, overrides: dict | None = None) -> dict:
     """Return the retrieval settings of the model's card, completed with the defaults, changed by `overrides`."""
-    settings = RETRIEVAL_DEFAULTS | encoder.card_settings(model).get("retrieval", {}) | (overrides or {})
+    return complete_retrieval(encoder.card_settings(model).get("retrieval", {}) | (overrides or {}))
+
+
+def complete_retrieval(settings: dict) -> dict:
+    """Return retrieval settings with the defaults filled in.
+
+    Raises:
+        ValueError: a name or value that retrieval does not know.
+    """
     if unknown := set(settings) - set(RETRIEVAL_DEFAULTS):
         raise ValueError(f"retrieval settings must be among {sorted(RETRIEVAL_DEFAULTS)}, but had {sorted(unknown)}")
+    settings = RETRIEVAL_DEFAULTS | settings
+    neighbours = settings["csls_neighbours"]
+    if not isinstance(settings["center"], bool):
+        raise ValueError(f"center must be true or false, but was {settings['center']!r}")
+    if not isinstance(neighbours, int) or isinstance(neighbours, bool) or neighbours < 0:
+        raise ValueError(f"csls_neighbours must be a whole number of at least 0, but was {neighbours!r}")
     return settings
 
 
@@ -108,13 +122,18 @@ def evaluate_retrieval(
 
 
 def evaluate_anisotropy(model, tokenizer, texts: Sequence[str], layers: Sequence[int], sample: int = 4000) -> dict:
-    """Mean cosine of random word pairs at each layer: {layer: −1…1}, over `sample` words drawn with a fixed seed."""
+    """Mean cosine of random word pairs at each layer: {layer: −1…1}, over `sample` words drawn with a fixed seed.
+
+    Texts with fewer than two words have no pairs: {}.
+    """
     sentences = encoder.tokenize(tokenizer, [split_words(text) for text in texts])
     gather = lambda hidden, tokens: encoder.word_vectors(hidden, tokens, "mean")  # noqa: E731
     vectors = encoder.encode(model, sentences, layers, tokenizer.pad_token_id, gather)
     scores = {}
     for layer in layers:
         words = torch.cat(vectors[layer])
+        if len(words) < 2:
+            return {}
         order = torch.randperm(len(words), generator=torch.Generator().manual_seed(0))[:sample]
         scores[layer] = anisotropy(words[order])
     return scores

@@ -132,6 +132,13 @@ def choose_layers(measured: dict, model, config: dict) -> dict[str, int]:
     return chosen
 
 
+def check_layers(model, config: dict) -> None:
+    """Raise ValueError if the evaluation's layers are not the model's."""
+    for key in ("alignment_layer", "retrieval_layer"):
+        if config["evaluation"][key] != "auto":
+            check_layer(config["evaluation"][key], model, f"evaluation.{key}")
+
+
 def initial_layers(model, measured: dict, config: dict) -> dict[str, int]:
     """Layers of the initial model: its card's, else chosen as for the tuned model."""
     card, chosen = card_settings(model), choose_layers(measured, model, config)

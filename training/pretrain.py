@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from training import cli
-from training.data import read_pairs
+from training.data import ROOT, read_pairs
 from training.splits import held_out_pairs, is_held_out
 from training.tokenizer import train_tokenizer, word_starts
 
@@ -32,14 +32,34 @@ def data_folder() -> Path:
     """Return the folder named by the environment variable OTKERN_DATA.
 
     Raises:
-        SystemExit: the variable is unset or names no folder; the message says what it must hold.
+        ValueError: the variable is unset or names no folder; the message says what it must hold.
     """
     folder = os.environ.get("OTKERN_DATA", "")
     if not folder or not Path(folder, "parallel", "train").is_dir():
-        raise SystemExit(
+        raise ValueError(
             f"OTKERN_DATA must name the data folder, with parallel/train/CORPUS.en-XX.tsv.gz below it; it is {folder!r}"
         )
     return Path(folder)
+
+
+def read_config(path: Path) -> dict:
+    """Read a pretraining configuration: the keys of `training/configs/pretrain.yaml`, with values of the same kinds.
+
+    Raises:
+        ValueError: a key is missing or unknown, or a value is of another kind; the message names it.
+    """
+    config, example = (cli.read_yaml_file(p) for p in (path, ROOT / "training/configs/pretrain.yaml"))
+    if not isinstance(config, dict) or set(config) != set(example):
+        wrong = sorted(map(str, set(example) ^ set(config))) if isinstance(config, dict) else config
+        raise ValueError(f"{path} must have the keys of training/configs/pretrain.yaml, but differs in {wrong}")
+    for key, known in example.items():
+        if type(known) is int and isinstance(config[key], float) and config[key].is_integer():
+            config[key] = int(config[key])  # such as 1e4
+        kind = (int, float) if isinstance(known, float) else type(known)
+        if not isinstance(config[key], kind) or isinstance(config[key], bool) != isinstance(known, bool):
+            name = "a number" if isinstance(known, float) else f"of type {type(known).__name__}"
+            raise ValueError(f"{path}: {key} must be {name}, but was {config[key]!r}")
+    return config
 
 
 def load_corpora(config: dict, folder: Path) -> tuple[list[tuple[list, int]], dict[str, list]]:
@@ -65,7 +85,7 @@ def load_corpora(config: dict, folder: Path) -> tuple[list[tuple[list, int]], di
             kept = [pair for pair in pairs if not is_held_out(pair[0])]
             corpora.append((kept, copies.get(language, copies["all"])))
     if not corpora:
-        raise SystemExit(f"no file CORPUS.en-XX.tsv.gz of {list(config['copies'])} under {folder / 'parallel/train'}")
+        raise ValueError(f"no file CORPUS.en-XX.tsv.gz of {list(config['copies'])} under {folder / 'parallel/train'}")
     return corpora, held_out
 
 
@@ -336,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
     arguments = parser.parse_args(argv)
     data_folder()
-    config = cli.read_yaml_file(arguments.config)
+    config = read_config(arguments.config)
     print(json.dumps(run(config, arguments.output_dir, arguments.snapshot_dir, arguments.resume), indent=1))
 
 

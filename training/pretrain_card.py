@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, set_seed
 
 from training import cli, evaluate, extract
 from training.data import read_gold, read_pairs
-from training.pretrain import build_model, data_folder, export
+from training.pretrain import build_model, data_folder, export, read_config
 from training.splits import held_out_pairs
 
 METHODS = ("ot", "mutual")
@@ -188,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = data_folder()
-    config = cli.read_yaml_file(arguments.config)
+    config = read_config(arguments.config)
     metrics_path = arguments.run / "pretrain_metrics.json"
     if not metrics_path.exists():
-        raise SystemExit(
+        raise ValueError(
             f"--run must be a finished run of training.pretrain, but {shlex.quote(str(metrics_path))} is missing"
         )
     metrics = json.loads(metrics_path.read_text(encoding="utf-8"))

@@ -79,12 +79,12 @@ def test_without_the_data_folder_it_refuses_and_says_what_it_needs(monkeypatch, 
     monkeypatch.delenv("OTKERN_DATA", raising=False)
     if value:
         monkeypatch.setenv("OTKERN_DATA", value)
-    with pytest.raises(SystemExit, match=r"OTKERN_DATA must name the data folder.*parallel/train"):
+    with pytest.raises(ValueError, match=r"OTKERN_DATA must name the data folder.*parallel/train"):
         pretrain.data_folder()
 
 
 def test_no_corpus_at_all_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no file CORPUS"):
+    with pytest.raises(ValueError, match="no file CORPUS"):
         pretrain.load_corpora(TINY, tmp_path)
 
 

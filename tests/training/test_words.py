@@ -1,15 +1,16 @@
 """Words of any script, tokens of any file, and words that have no vector."""
 
 import re
+import shutil
 import unicodedata
 
 import pytest
 import torch
 import yaml
 
-from training import cli, encoder, extract
+from training import align, align_text, baselines, cli, encoder, evaluate, extract, measure, pretrain
 from training.config import load_config
-from training.data import read_gold, read_lines, split_words
+from training.data import read_gold, read_lines, read_pairs, split_words
 
 SAMPLE = "training/configs/sample.yaml"
 MINI = "training/models/mini"
@@ -24,6 +25,8 @@ SPLIT = {
     "soft hyphen": ("ein Bei\u00adspiel.", ["ein", "Bei\u00adspiel", "."]),
     "emoji": ("ok 👨\u200d👩\u200d👧!", ["ok", "👨\u200d👩\u200d👧", "!"]),
     "invisible": ("\ufeffone\u200b two", ["one", "two"]),
+    "marks of direction": ("\u200fשלום\u200f, a\u200eb\u200e.", ["שלום", ",", "a\u200eb", "."]),
+    "word joiner": ("10\u2060000 x", ["10\u2060000", "x"]),
     "as before": ("It's 3.5 km², isn't it? a_b-c", ["It's", "3.5", "km²", ",", "isn't", "it", "?", "a_b-c"]),
 }
 
@@ -126,6 +129,112 @@ def test_numeric_keys_are_numbers_before_anything_is_claimed():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             load_config(SAMPLE, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages=3", "stages must be a list"),
+        ("stages.0=3", "stages.0 must be a mapping"),
+        ("stages.0.contrast=3", "stages.0.contrast must be a mapping"),
+        ("stages.0.trainable=['(']", "stages.0.trainable: '(' is no regular expression"),
+        ("evaluation.methods=[foo]", "evaluation.methods must be a list of some of"),
+        ("evaluation.alignment_settings.reg=fast", "evaluation.alignment_settings: reg must be a number"),
+        ("evaluation.retrieval_settings.csls_neighbours=x", "evaluation.retrieval_settings: csls_neighbours must be"),
+        ("evaluation.retrieval.x={source: a, limit: x}", "evaluation.retrieval.x.limit must be a whole number"),
+        ("evaluation.alignment.x=3", "evaluation.alignment.x must map languages to files"),
+        ("languages=de", "languages must be a list of texts"),
+        ("train.columns=[en]", "train.columns must be null or two names"),
+        ("precision=fp8", "precision must be one of"),
+        ("model=3", "model must be text"),
+    ],
+)
+def test_no_key_of_the_configuration_is_left_for_the_run_to_stumble_over(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(SAMPLE, [override])
+
+
+def test_whole_numbers_may_be_written_with_an_exponent():
+    config = load_config(SAMPLE, ["train.limit=1e3", "stages.0.max_iter=2e1", "stages.0.layers=[1e0]"])
+    values = config["train"]["limit"], config["stages"][0]["max_iter"], config["stages"][0]["layers"][0]
+    assert values == (1000, 20, 1) and all(type(value) is int for value in values)
+
+
+@pytest.mark.parametrize(
+    ("override", "resume", "message"),
+    [
+        ("stages.0.layers=[99]", "auto", "stages.0.layers must be an integer from"),
+        ("evaluation.retrieval_layer=99", "auto", "evaluation.retrieval_layer must be an integer from"),
+        ("train.source=./no/such/file.tsv", "auto", "source must be an existing file"),
+        ("seed=1", "no-such-folder", "--resume must be auto, never or a checkpoint folder"),
+    ],
+)
+def test_a_run_that_cannot_start_claims_no_folder(tmp_path, override, resume, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        align.run(load_config(SAMPLE, [f"model={MINI}", override]), tmp_path / "out", resume)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pretraining_configuration_is_checked_by_key(tmp_path):
+    example = cli.read_yaml_file("training/configs/pretrain.yaml")
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(yaml.safe_dump(example | {"max_steps": 1e4, "learning_rate": 1}), encoding="utf-8")
+    assert pretrain.read_config(path)["max_steps"] == 10000
+    path.write_text(yaml.safe_dump(example | {"learning_rate": "fast"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="learning_rate must be a number, but was 'fast'"):
+        pretrain.read_config(path)
+    path.write_text(yaml.safe_dump({"max_step": 1}), encoding="utf-8")
+    with pytest.raises(ValueError, match="must have the keys of"):
+        pretrain.read_config(path)
+
+
+def test_pairs_with_a_side_without_subwords_are_not_trained_on(mini, tmp_path, monkeypatch):
+    _, tokenizer = mini
+    text = tmp_path / "text.tsv"
+    text.write_text("the dog sees\tder Hund sieht\nthe cat sees\tKatze\n", encoding="utf-8")
+    config = load_config(SAMPLE, [f"train.source={text}", "languages=[de]", "dev_pairs=0", "train.limit=null"])
+    monkeypatch.setattr(align, "is_held_out", lambda english: False)
+    # Stands for a word of which the tokenizer makes nothing.
+    monkeypatch.setattr(align, "split_words", lambda text: [word.replace("Katze", "") for word in text.split(" ")])
+    with pytest.warns(UserWarning, match="1 words of 1 of 2 sentences have no vector"):
+        (corpus,) = align.read_training_text(config, measure.TestSets(), tokenizer)
+    assert [len(corpus.english), len(corpus.other)] == [1, 1] and corpus.other[0].n_words == 3
+    text.write_text("the cat sees\tKatze\n", encoding="utf-8")
+    with (
+        pytest.warns(UserWarning, match="no vector"),
+        pytest.raises(ValueError, match=r"train\.source .*in none of them"),
+    ):
+        align.read_training_text(config, measure.TestSets(), tokenizer)
+
+
+def test_empty_pairs_and_texts_give_no_links_and_no_numbers(mini):
+    assert baselines.align([[], []], [[], []]) == [set(), set()]
+    assert baselines.align([[], ["a"]], [["x"], []]) == [set(), set()]
+    assert evaluate.evaluate_anisotropy(*mini, ["", ""], [1]) == {}
+
+
+def test_the_command_counts_words_without_a_vector_once(tmp_path, capsys):
+    path = tmp_path / "long.txt"
+    path.write_text(f"{'the ' * 300}||| the\n" * 3 + "the ||| the\n", encoding="utf-8")
+    align_text.main(["--batch", "1", str(path)])
+    output = capsys.readouterr()
+    assert output.out.count("\n") == 4
+    assert output.err.count("have no vector") == 1 and "warning: 138 of 905 words" in output.err
+
+
+def test_faulty_json_lines_and_damaged_models_are_named(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"en": "a", "de": "b"}\n{"en": "a\xff", "de": "b"}\n')
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2: text must be UTF-8"):
+        read_pairs(str(path), "de")
+    path.write_bytes(b'{"en": "a", "de": "b"}\n{"en": "a"\n')
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 2: not valid JSON"):
+        read_pairs(str(path), "de")
+    model = tmp_path / "model"
+    shutil.copytree(MINI, model)
+    (model / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"model '.*' cannot be loaded"):
+        encoder.load_encoder(str(model))
 
 
 def test_a_mistake_in_yaml_names_file_and_line(tmp_path):
