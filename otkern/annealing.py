@@ -47,7 +47,8 @@ class Settings(NamedTuple):
 
     @property
     def eps(self) -> float:
-        return self.unit * self.blur**self.p
+        # A kernel norm has no epsilon, but its problem is read as every other is.
+        return self.unit * self.blur**self.p if self.loss == "sinkhorn" else 1.0
 
     @property
     def rho(self) -> float | None:
@@ -77,7 +78,9 @@ def read_settings(options: dict[str, Any]) -> Settings:
     if loss not in ("sinkhorn", *kernel_losses.NAMES):
         raise ValueError(f"loss must be 'sinkhorn' or one of {', '.join(kernel_losses.NAMES)}, but was {loss!r}")
     cost = _read_cost(options["cost"])
-    if cost is not None and loss == "sinkhorn":
+    if loss != "sinkhorn":
+        p = 2  # no exponent: what is given has no effect
+    elif cost is not None:
         if not is_number(p) or not 0 < p < math.inf:
             raise ValueError(f"p must be a positive, finite number, but was {p!r}")
         if options["tol"] is not None:
@@ -112,7 +115,7 @@ def read_settings(options: dict[str, Any]) -> Settings:
         potentials=bool(options["potentials"]),
         geomloss_backend=backend if of_geomloss else None,
         backend=None if of_geomloss else backend,
-        tol=options["tol"],
+        tol=options["tol"] if loss == "sinkhorn" else None,
         max_iter=options["max_iter"],
         **lengths,
     )
@@ -189,7 +192,7 @@ def _with_cost(
     The last soft minima are formed in torch, where autograd leads to the cost and from there to the points.
     """
     assert inputs.x_a is not None and inputs.x_b is not None
-    x, y = padded(inputs, True, inputs.x_a), padded(inputs, False, inputs.x_b)
+    x, y = _filled(inputs, True, inputs.x_a), _filled(inputs, False, inputs.x_b)
     between = (_checked(cost(x, y.detach()), x, y), _checked(cost(y, x.detach()), y, x))
     problem = inputs._replace(
         x_a=None, x_b=None, cost=between[0].detach().contiguous(), metric="cost", a=None, b=None, first_self=-1
@@ -210,6 +213,12 @@ def _with_cost(
         potential = torch.where(reached, soft_min, unreached).squeeze(2).to(inputs.compute_dtype)
         potentials.append(unpadded(inputs, side_a, torch.where(padded_mask(inputs, side_a), potential, 0)))
     return potentials[0], potentials[1]
+
+
+def _filled(inputs: Inputs, side_a: bool, points: Tensor) -> Tensor:
+    """The points of a side with each item's first one in its padding: a cost may be undefined at 0, as a cosine is."""
+    points = padded(inputs, side_a, points)
+    return torch.where(padded_mask(inputs, side_a).unsqueeze(2), points, points[:, :1].detach())
 
 
 def _checked(costs: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def _product(kernel: Kernel, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """sum_j k(x_i, y_j) v_j, (B, N), of x (B, N, D), y (B, M, D) and v (B, M)."""
 
     def rows_of(rows: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        return (kernel(rows, y) @ v.unsqueeze(2)).squeeze(2)
+        # Not a matrix product, which autocast would take in 16 bits.
+        return (kernel(rows, y) * v.unsqueeze(1)).sum(2)
 
     size = max(1, BLOCK_ENTRIES // max(1, y.shape[0] * y.shape[1]))
     if x.shape[1] <= size:

@@ -418,6 +418,10 @@ def _cosine_cost(x, y):
     return 1 - nn.functional.normalize(x, dim=-1) @ nn.functional.normalize(y, dim=-1).mT
 
 
+def _cosine_cost_undefined_at_zero(x, y):
+    return 1 - (x / x.norm(dim=-1, keepdim=True)) @ (y / y.norm(dim=-1, keepdim=True)).mT
+
+
 def _manhattan(x, y):
     return (x.unsqueeze(2) - y.unsqueeze(1)).abs().sum(-1)
 
@@ -441,9 +445,15 @@ def test_a_cost_of_ones_own_is_that_of_geomloss(backend, device, cost, options, 
 
 def test_a_cost_of_ones_own_takes_lengths(backend, device):
     _, x, _, y = (t.to(device) for t in batch_of((7, 5), 2))
-    loss = otkern.SamplesLoss(cost=_manhattan, blur=0.3, backend=backend)
     x_padded = torch.cat([x, torch.full_like(x, math.nan)], 1)
-    assert torch.allclose(loss(x_padded, y, lengths_a=[7, 4], lengths_b=[5, 5])[1], loss(x[1, :4], y[1]))
+    lengths = {"lengths_a": [7, 4], "lengths_b": [5, 3]}
+    for cost in (_manhattan, _cosine_cost_undefined_at_zero):
+        loss = otkern.SamplesLoss(cost=cost, blur=0.3, backend=backend)
+        value, (grad, _) = value_and_gradients(lambda x, y, loss=loss: loss(x, y, **lengths)[1], [x_padded, y])
+        expected, (want, _) = value_and_gradients(loss, [x[1, :4], y[1, :3]])
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(grad[1, :4], want)
+        assert not grad[0].any() and not grad[1, 4:].any()
 
 
 @pytest.mark.parametrize("name", ["energy", "gaussian", "laplacian"])
@@ -457,6 +467,33 @@ def test_kernel_norms_are_those_of_geomloss(monkeypatch, name, dtype):
     mine.potentials = theirs.potentials = True
     for got, want in zip(mine(*tensors), theirs(*tensors), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["energy", "gaussian", "laplacian"])
+def test_kernel_norms_read_no_option_of_transport_and_no_autocast(name):
+    tensors = [t.float() for t in batch_of((9, 6), 2)]
+    expected, wanted = value_and_gradients(otkern.SamplesLoss(name, blur=0.4), tensors)
+    for options in ({"p": 3}, {"tol": 1e-3}, {"cost": _manhattan}, {"reach": 0.5}, {"debias": False}):
+        assert otkern.SamplesLoss(name, blur=0.4, **options)(*tensors).equal(expected), options
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, grads = value_and_gradients(otkern.SamplesLoss(name, blur=0.4), tensors)
+    assert value.equal(expected) and all(map(torch.equal, grads, wanted))
+
+
+def test_kernel_norms_save_memory_linear_in_the_points(monkeypatch):
+    monkeypatch.setattr("otkern.kernel_losses.BLOCK_ENTRIES", 4000)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, y = (torch.rand(n, 3, requires_grad=True) for n in (600, 500))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = otkern.SamplesLoss("energy")(x, y)
+    assert value.requires_grad
+    # One kernel matrix has 600 x 500 entries of 4 bytes.
+    assert sum(saved.values()) < 600 * 500
 
 
 def test_kernel_norms_take_lengths_a_kernel_and_coincident_points():
