@@ -50,8 +50,20 @@ def complete(settings: dict | None) -> dict:
         value = settings[name]
         numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
         optional = name == "softmax_temperature" and value is None
-        if numeric and not optional and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+        if numeric and not optional and not number:
             raise ValueError(f"{name} must be a number, but was {value!r}")
+    for name in ("max_iter", "itermax_rounds"):
+        if settings[name] != int(settings[name]) or settings[name] < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, but was {settings[name]!r}")
+        settings[name] = int(settings[name])  # such as 1e2
+    for name in ("reg", "softmax_temperature"):
+        if settings[name] is not None and not 0 < settings[name] < float("inf"):
+            raise ValueError(f"{name} must be a number above 0, but was {settings[name]!r}")
+    if not isinstance(settings["center"], bool):
+        raise ValueError(f"center must be true or false, but was {settings['center']!r}")
+    if settings["word_vector"] not in encoder.WORD_VECTORS:
+        raise ValueError(f"word_vector must be one of {encoder.WORD_VECTORS}, but was {settings['word_vector']!r}")
     if settings["unit"] not in encoder.UNITS:
         raise ValueError(f"unit must be one of {encoder.UNITS}, but was {settings['unit']!r}")
     return settings
