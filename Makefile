@@ -10,12 +10,13 @@ TRITON_3_6 := .cache/triton-3.6
 SOURCES := pyproject.toml setup.py requirements-dev.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help align test nightly lint format bench clean
+.PHONY: help align test test-ptx nightly lint format bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make align      install, build what this machine can run, one-seed alignment run with pictures under $(RUN_DIR)"
 	@echo "make test       install the test packages and run every test"
+	@echo "make test-ptx   run the compiled Triton kernels on this CPU; part of make test"
 	@echo "make nightly    ten thousand random problems on each backend: never NaN, never an undocumented exception"
 	@echo "make lint       ruff, mypy and clang-format, changing nothing"
 	@echo "make format     ruff and clang-format, in place"
@@ -30,6 +31,11 @@ align: $(VENV)/.align
 test: $(VENV)/.dev $(TRITON_3_6)/.complete
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OTKERN_TRITON_PATHS=$(abspath $(TRITON_3_6)) \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(MAKE) test-ptx
+
+# A call of its own: the kernels must be decorated without Triton's interpreter.
+test-ptx: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OTKERN_TEST_PTX=1 $(BIN)/python -m pytest -n $(WORKERS) tests/ptx
 
 nightly: $(VENV)/.dev
 	OMP_NUM_THREADS=1 OTKERN_DRAWS=10000 $(BIN)/python -m pytest -n $(WORKERS) tests/test_finite.py

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 # Read when a kernel is decorated, so set before anything imports Triton; and when a backend is first asked for.
-if not torch.cuda.is_available():
+# Not where tests/ptx runs the compiled kernels: that is a call of pytest of its own.
+if not torch.cuda.is_available() and os.environ.get("OTKERN_TEST_PTX") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("OTKERN_CUDA_EXECUTOR", "host")
 
@@ -27,6 +28,8 @@ torch.use_deterministic_algorithms(True)
 hypothesis.settings.register_profile("otkern", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("otkern")
 
+PTX = os.environ.get("OTKERN_TEST_PTX") == "1"
+collect_ignore = [] if PTX else ["ptx"]
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 CASES_FILE = Path(__file__).parent.parent / ".cache" / "backend_cases.json"
 
@@ -105,7 +108,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    if hasattr(session.config, "workerinput") or session.config.option.collectonly:
+    if PTX or hasattr(session.config, "workerinput") or session.config.option.collectonly:
         return
     CASES_FILE.parent.mkdir(exist_ok=True)
     CASES_FILE.write_text(json.dumps({name: _cases[name] for name in BACKENDS}, indent=2) + "\n")
