@@ -40,9 +40,10 @@ class Call(NamedTuple):
 
     def error_with_rounding(self, error: Tensor, potentials: list[tuple[bool, Tensor]]) -> Tensor:
         """The marginal error, where it cannot be made small in float64: at least what rounded potentials leave."""
-        if not self.may_exceed or self.float64_fits:
+        if self.inputs.compute_dtype == torch.float32 and (not self.may_exceed or self.float64_fits):
             return error
-        return torch.maximum(error, precision.rounding(self.inputs, potentials))
+        rounding = precision.rounding(self.inputs, potentials)
+        return error if rounding is None else torch.maximum(error, rounding)
 
     def in_float64(self, value: Tensor, potentials: list[tuple[bool, Tensor]]) -> tuple[Doubled, Call] | None:
         """The items whose potentials in float32, given here, lack digits, and the call that solves them in float64."""

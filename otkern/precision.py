@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 LIMIT = 1000.0
 # GeomLoss's loop stops at no tolerance and divides each row by its own sum, which halves no digits but the value's.
 ANNEALED_LIMIT = 16 * LIMIT
+# What float64 holds to the default tolerance of its own.
+LIMIT_FLOAT64 = 1e8
 
 
 class Doubled(NamedTuple):
@@ -146,7 +148,7 @@ def doubled(
         return None
     with torch.no_grad():
         potentials = [(side_a, potential.detach()) for side_a, potential in potentials]
-        known = inputs.device.type == "cpu" and not dispatch.is_needed(inputs)
+        known = _is_known(inputs)
         most = inputs.reg.detach() * limit
         if known and _all_below(potentials, value, most):
             return None
@@ -165,11 +167,22 @@ def beyond(inputs: Inputs, potentials: Iterable[tuple[bool, Tensor]], limit: flo
     return _largest(inputs, potentials) > inputs.reg.detach() * limit
 
 
-def rounding(inputs: Inputs, potentials: Iterable[tuple[bool, Tensor]]) -> Tensor:
-    """The marginal error that potentials rounded to float32 may leave, (B,); 0 for items that are not `beyond`."""
+def rounding(inputs: Inputs, potentials: list[tuple[bool, Tensor]]) -> Tensor | None:
+    """The marginal error that rounded potentials may leave, (B,): 0 for items where it is of no account; None: for all.
+
+    It counts above 1000 regs in float32, and above 1e8 in float64, where it is 1e-8.
+    """
+    limit = LIMIT if inputs.compute_dtype == torch.float32 else LIMIT_FLOAT64
+    if _is_known(inputs) and _all_below(potentials, None, inputs.reg.detach() * limit):
+        return None
     regs = _largest(inputs, potentials) / inputs.reg.detach()
-    error = torch.finfo(torch.float32).eps / 2 * regs * masses(inputs, True).detach()
-    return torch.where(regs > LIMIT, error, 0)
+    error = torch.finfo(inputs.compute_dtype).eps / 2 * regs * masses(inputs, True).detach()
+    return torch.where(regs > limit, error, 0)
+
+
+def _is_known(inputs: Inputs) -> bool:
+    """Whether the host can look at numbers without waiting, and no graph is traced."""
+    return inputs.batch > 0 and inputs.device.type == "cpu" and not dispatch.is_needed(inputs)
 
 
 def _largest(inputs: Inputs, potentials: Iterable[tuple[bool, Tensor]]) -> Tensor:

@@ -152,3 +152,14 @@ def test_what_float64_does_not_hold_on_the_chip_says_so(monkeypatch):
     with pytest.warns(Warning, match="not converged"):
         result = otkern.solve(_costs("row", 1e6), reg=0.05, max_iter=200, tol=1e-4)
     assert not bool(result.converged) and result.marginal_error > 1e-2
+
+
+def test_what_float64_cannot_hold_says_so():
+    cost = _costs("row", 1e3).double()
+    cost[3, 0] = cost[:, 2] = 3e37
+    with pytest.warns(otkern.ConvergenceWarning):
+        result = otkern.solve(cost, reg=0.01, max_iter=200, tol=1e-6)
+    assert not bool(result.converged) and result.marginal_error > 1e-2
+    with pytest.warns(otkern.ConvergenceWarning):
+        assert not bool(otkern.solve(cost.float(), reg=0.01, max_iter=200, tol=1e-6).converged)
+    assert bool(otkern.solve(_costs("row", 1e6).double(), reg=0.5, max_iter=5000, tol=1e-6).converged)
