@@ -1,6 +1,6 @@
 """Every instruction form that the tested kernels contain, as a function over the lanes' registers.
 
-From the PTX ISA manual, chapter 9: a section has each opcode's name. A form that is not in these tables is an error.
+The semantics are those of the PTX ISA's opcodes of the same name. A form that is not in these tables is an error.
 """
 
 from __future__ import annotations
